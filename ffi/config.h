@@ -1,0 +1,107 @@
+// What is compiled. THE list of configurations: the CUDA kernels' instantiation, both handlers'
+// dispatch, the error texts (here and in Python), the README's support matrix and the tests'
+// parametrisation all walk it. A new shape, dtype combination or launch geometry is one line here.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define JAX_DSV4_HD __host__ __device__ __forceinline__
+#else
+#define JAX_DSV4_HD inline
+#endif
+
+namespace jax_dsv4 {
+
+template <class... Ts>
+struct TypeList {};
+
+// Element types. bf16 holds bits only; its conversions are in numeric.h.
+struct bf16 {
+  uint16_t bits;
+};
+using f32 = float;
+
+enum class DType : uint8_t { kBF16, kF32 };
+template <class T>
+inline constexpr DType kDTypeOf = DType::kF32;
+template <>
+inline constexpr DType kDTypeOf<bf16> = DType::kBF16;
+
+// A kind of compressor. Overlap is the ratio's for now, but an idea of its own: the windows of an
+// overlapping compressor reach back over the window before them.
+template <int kHeadDim_, int kRatio_, bool kOverlap_>
+struct Shape {
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kRatio = kRatio_;
+  static constexpr bool kOverlap = kOverlap_;
+  static constexpr int kStateDim = kOverlap ? 2 * kHeadDim : kHeadDim;
+  static constexpr int kReducedRows = kOverlap ? 2 * kRatio : kRatio;  // rows behind one record
+};
+
+template <class KvScore_, class State_, class Out_>
+struct DTypes {
+  using KvScore = KvScore_;
+  using State = State_;
+  using Out = Out_;
+};
+
+// One of each: what a kernel or a handler is instantiated for.
+template <class Shape, class DTypes>
+struct Config : Shape, DTypes {};
+
+// How one CTA shares the reduction of one window over one slice of columns (CUDA only). A lane
+// always holds 16 bytes of a row.
+//   kWarps        warps that share the window's rows
+//   kLanes        lanes across the slice's columns; the rest of the warp takes further rows
+//   kRowsPerStep  rows a lane has in flight at a time
+//   kPrefetch     load the next step's rows before the arithmetic on this step's
+template <int kWarps_, int kLanes_, int kRowsPerStep_, bool kPrefetch_>
+struct Geometry {
+  static constexpr int kWarps = kWarps_;
+  static constexpr int kLanes = kLanes_;
+  static constexpr int kRowsPerStep = kRowsPerStep_;
+  static constexpr bool kPrefetch = kPrefetch_;
+};
+
+// ------------------------------------------------------------------------------- the list itself
+
+//                    head_dim, compress_ratio, overlap
+using Shapes = TypeList<Shape<512, 4, true>,     // CSA main
+                        Shape<128, 4, true>,     // CSA indexer
+                        Shape<512, 128, false>,  // HCA
+                        Shape<128, 128, false>>;
+
+//                          kv_score, state, kv_comp
+using DTypesList = TypeList<DTypes<bf16, f32, bf16>,  //
+                            DTypes<bf16, f32, f32>,   //
+                            DTypes<bf16, bf16, bf16>,
+                            DTypes<bf16, bf16, f32>,  //
+                            DTypes<f32, f32, bf16>,   //
+                            DTypes<f32, f32, f32>,    //
+                            DTypes<f32, bf16, bf16>,  //
+                            DTypes<f32, bf16, f32>>;
+
+// The last two of ratio 128 are the reduction before and after it was shared by four warps, one row
+// at a time: benchmark baselines, never chosen by choose_geometry().
+template <int kRatio>
+struct GeometriesOf;
+template <>
+struct GeometriesOf<4> {
+  using List = TypeList<Geometry<1, 8, 2, false>, Geometry<1, 32, 8, false>>;
+};
+template <>
+struct GeometriesOf<128> {
+  using List = TypeList<Geometry<8, 8, 4, false>, Geometry<4, 32, 4, true>,
+                        Geometry<1, 32, 1, false>, Geometry<4, 32, 1, false>>;
+};
+
+// ------------------------------------------------------------------------------------ walking it
+
+// Calls visit(Shape) on each shape until one returns true; false if none did.
+template <class Visit, class... S>
+bool visit_any(TypeList<S...>, Visit&& visit) {
+  return (visit(S{}) || ...);
+}
+
+}  // namespace jax_dsv4

@@ -1,0 +1,53 @@
+// From a position of a sequence to a row of the paged pool, or to nowhere. Host and device.
+#pragma once
+
+#include <cstdint>
+
+#include "config.h"
+
+namespace jax_dsv4 {
+
+// Division of any n < 2^31 by a divisor known only at run time, without a divide instruction
+// (Granlund and Montgomery, 1994): page sizes need not be powers of two.
+struct Divisor {
+  uint32_t value = 1;
+  uint32_t multiplier = 1;
+  uint32_t shift = 0;
+
+  Divisor() = default;
+  explicit Divisor(uint32_t divisor) : value(divisor) {
+    while ((uint64_t{1} << shift) < divisor) ++shift;
+    const uint64_t numerator = ((uint64_t{1} << shift) - divisor) << 32;
+    multiplier = static_cast<uint32_t>(numerator / divisor + 1);
+  }
+};
+
+JAX_DSV4_HD uint32_t operator/(uint32_t n, const Divisor& d) {
+#ifdef __CUDA_ARCH__
+  const uint32_t high = __umulhi(n, d.multiplier);
+#else
+  const auto high = static_cast<uint32_t>((uint64_t{n} * d.multiplier) >> 32);
+#endif
+  return (high + n) >> d.shift;
+}
+
+inline constexpr int64_t kNowhere = -1;
+
+struct Paging {
+  Divisor page_size;
+  uint32_t num_pages;  // of a group's pool; at most 2^31, so a negative id never passes as unsigned
+  uint32_t max_pages;  // of one request's table
+};
+
+// The row that `table` ([max_pages]) gives `position` >= 0 in its group's pool, or kNowhere: past
+// the table's end, or on a page that does not exist. No table entry leads outside the pool.
+JAX_DSV4_HD int64_t find_row(const Paging& paging, const int32_t* table, int32_t position) {
+  const uint32_t n = static_cast<uint32_t>(position);
+  const uint32_t page = n / paging.page_size;
+  const uint32_t id = page < paging.max_pages ? static_cast<uint32_t>(table[page]) : ~0u;
+  const uint32_t slot = n - page * paging.page_size.value;
+  return id < paging.num_pages ? static_cast<int64_t>(id) * paging.page_size.value + slot
+                               : kNowhere;
+}
+
+}  // namespace jax_dsv4

@@ -1,0 +1,195 @@
+"""The custom call: loading the extension modules, registration, attributes, and transforms.
+
+An operation is, from the outside in:
+
+    custom_jvp (a clear error) -> custom_vmap (mapped axes become group dimensions)
+      -> the platform's implementation: ffi_call, or the jnp reference
+
+Every operand carries the group dimensions in front (``ffi/operands.h``): ``[*G, ...]`` on the state,
+``[*G, ...]`` or all ones on what is only read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import math
+import pathlib
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jax_dsv4 import reference
+
+TARGET_NAME = "jax_dsv4_paged_kv_compress"
+
+# Ranks of the operands without group dimensions: kv, score, kv_score, ape, kv_tables,
+# score_tables, kv_lens, q_lens.
+_CORE_RANKS = (3, 3, 3, 2, 2, 2, 1, 1)
+_NUM_STATE = 2  # the first operands: written, and aliased by the first results
+_AUTO_GEOMETRY = -1
+
+
+def _running_ffi_version() -> tuple[int, int]:
+    header = pathlib.Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
+    major, minor = (
+        int(re.search(rf"#define XLA_FFI_API_{part} (\d+)", header)[1])  # pyright: ignore[reportOptionalSubscript]
+        for part in ("MAJOR", "MINOR")
+    )
+    return major, minor
+
+
+def _load(name: str, platform: str) -> ModuleType | None:
+    """Import an extension module and register its handlers; ``None`` if it was not built.
+
+    A handler built against a newer XLA FFI than the running jaxlib's would stop every backend of
+    JAX from starting, not only this package: hence the check before registration.
+    """
+    if importlib.util.find_spec(f"jax_dsv4.{name}") is None:
+        return None
+    module = importlib.import_module(f"jax_dsv4.{name}")
+    built, running = module.FFI_VERSION, _running_ffi_version()
+    if built[0] != running[0] or built > running:
+        raise ImportError(
+            f"jax_dsv4.{name} was built against XLA FFI {built[0]}.{built[1]}, but the installed "
+            f"jaxlib has {running[0]}.{running[1]}: upgrade jax and jaxlib, or rebuild jax_dsv4 "
+            "against this jaxlib (pip install --no-build-isolation .)"
+        )
+    for target, handler in module.handlers().items():
+        jax.ffi.register_ffi_target(target, handler, platform=platform)
+    return module
+
+
+_load("_cpu", "cpu")
+HAS_CUDA = _load("_cuda", "CUDA") is not None
+
+
+def check_available(implementation: str | None) -> None:
+    """Say so where JAX runs on an NVIDIA GPU, and this package was built without CUDA."""
+    if HAS_CUDA or not any(device.platform == "gpu" for device in jax.devices()):
+        return
+    problem = "jax_dsv4 was built without a CUDA compiler"
+    remedy = "see Troubleshooting in its README"
+    if implementation == "ffi":
+        raise RuntimeError(f'implementation="ffi": {problem}; {remedy}')
+    warnings.warn(f"{problem}: running the slow jnp reference; {remedy}", stacklevel=3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """The static side of a decode call; hashable, so that equal calls share one operation."""
+
+    compress_ratio: int
+    overlap: bool
+    out_dtype: np.dtype
+    implementation: str | None
+    geometry: int = _AUTO_GEOMETRY  # index into Shape.geometries: for benchmarks
+
+
+# xla::ffi::DataType, the 8-bit enumeration that the dtype attributes are typed as.
+_DATA_TYPE = {jnp.dtype(jnp.float32): np.uint8(11), jnp.dtype(jnp.bfloat16): np.uint8(16)}
+
+
+def _call_ffi(static: Decode, *operands: Array) -> tuple[Array, Array, Array]:
+    kv, score, kv_score = operands[:3]
+    groups, state_dim = kv.shape[:-3], kv.shape[-1]
+    batch, next_n = kv_score.shape[-3:-1]
+    num_windows = -(-next_n // static.compress_ratio)
+    head_dim = state_dim // 2 if static.overlap else state_dim
+    return jax.ffi.ffi_call(
+        TARGET_NAME,
+        (
+            jax.ShapeDtypeStruct(kv.shape, kv.dtype),
+            jax.ShapeDtypeStruct(score.shape, score.dtype),
+            jax.ShapeDtypeStruct((*groups, batch, num_windows, head_dim), static.out_dtype),
+        ),
+        input_output_aliases={i: i for i in range(_NUM_STATE)},
+    )(
+        *operands,
+        compress_ratio=int(static.compress_ratio),
+        next_n=int(next_n),
+        kv_score_dtype=_DATA_TYPE[kv_score.dtype],
+        state_dtype=_DATA_TYPE[kv.dtype],
+        out_dtype=_DATA_TYPE[static.out_dtype],
+        geometry=int(static.geometry),
+    )  # pyright: ignore[reportReturnType]
+
+
+def _call_reference(static: Decode, *operands: Array) -> tuple[Array, Array, Array]:
+    groups = operands[0].shape[: -_CORE_RANKS[0]]
+    cores = [x.shape[-rank:] for x, rank in zip(operands, _CORE_RANKS, strict=True)]
+    per_group = [x.shape == groups + core for x, core in zip(operands, cores, strict=True)]
+    call = functools.partial(
+        reference.paged_kv_compress,
+        compress_ratio=static.compress_ratio,
+        overlap=static.overlap,
+        out_dtype=static.out_dtype,
+    )
+    for _ in groups:
+        call = jax.vmap(call, in_axes=tuple(0 if mapped else None for mapped in per_group))
+    return call(
+        *(x if m else x.reshape(c) for x, m, c in zip(operands, per_group, cores, strict=True))
+    )
+
+
+def _map(axis_size: int, batched: Sequence[bool], operands: Sequence[Array]) -> list[Array]:
+    """Turn a mapped axis, in front where ``batched``, into one more group dimension.
+
+    The state is written, so an unmapped one is broadcast: a copy per index is what vmap means. An
+    unmapped operand that is only read gets size 1 there, unless other groups already differ in it.
+    """
+    groups = operands[0].shape[int(batched[0]) : -_CORE_RANKS[0]]
+    mapped = []
+    for i, (x, is_batched, rank) in enumerate(zip(operands, batched, _CORE_RANKS, strict=True)):
+        core = x.shape[-rank:]
+        if not is_batched:
+            x = x[None]
+        if i < _NUM_STATE or x.size != math.prod(core):
+            x = jnp.broadcast_to(x, (axis_size, *groups, *core))
+        mapped.append(x)
+    return mapped
+
+
+@functools.cache
+def decode(static: Decode) -> Callable[..., tuple[Array, Array, Array]]:
+    """The operation on ``[*G, ...]`` operands -> (kv, score, kv_comp)."""
+    compiled = functools.partial(_call_ffi, static)
+    plain = functools.partial(_call_reference, static)
+
+    @jax.custom_batching.custom_vmap
+    def call(*operands):
+        match static.implementation:
+            case "xla":
+                return plain(*operands)
+            case "ffi":
+                return jax.lax.platform_dependent(*operands, cpu=compiled, cuda=compiled)
+            case _:
+                on_cuda = compiled if HAS_CUDA else plain
+                return jax.lax.platform_dependent(
+                    *operands, cpu=compiled, cuda=on_cuda, default=plain
+                )
+
+    @call.def_vmap
+    def _(axis_size, batched, *operands):
+        return call(*_map(axis_size, batched, operands)), (True, True, True)
+
+    @jax.custom_jvp
+    def operation(*operands):
+        return call(*operands)
+
+    @operation.defjvp
+    def _(primals, tangents):
+        raise NotImplementedError(
+            "paged_kv_compress has no derivative: it updates a cache, for inference only. "
+            "Put jax.lax.stop_gradient around its operands"
+        )
+
+    return operation
