@@ -64,6 +64,11 @@ struct Geometry {
   static constexpr bool kPrefetch = kPrefetch_;
 };
 
+// The reduction as it was before and after it was shared by four warps: one row at a time, its page
+// looked up on the way (baseline.cuh). For benchmarks, to have something to compare with.
+template <int kWarps>
+struct RowAtATime : Geometry<kWarps, 32, 1, false> {};
+
 // ------------------------------------------------------------------------------- the list itself
 
 //                    head_dim, compress_ratio, overlap
@@ -82,18 +87,17 @@ using DTypesList = TypeList<DTypes<bf16, f32, bf16>,  //
                             DTypes<f32, bf16, bf16>,  //
                             DTypes<f32, bf16, f32>>;
 
-// The last two of ratio 128 are the reduction before and after it was shared by four warps, one row
-// at a time: benchmark baselines, never chosen by choose_geometry().
+// The geometries of a ratio, of which choose_geometry() in decode_cuda.cu picks.
 template <int kRatio>
 struct GeometriesOf;
 template <>
 struct GeometriesOf<4> {
-  using List = TypeList<Geometry<1, 8, 2, false>, Geometry<1, 32, 8, false>>;
+  using List = TypeList<Geometry<2, 8, 1, false>, Geometry<2, 16, 2, false>>;
 };
 template <>
 struct GeometriesOf<128> {
-  using List = TypeList<Geometry<8, 8, 4, false>, Geometry<4, 32, 4, true>,
-                        Geometry<1, 32, 1, false>, Geometry<4, 32, 1, false>>;
+  using List = TypeList<Geometry<8, 8, 4, false>, Geometry<4, 32, 2, true>,  //
+                        RowAtATime<1>, RowAtATime<4>>;
 };
 
 // ------------------------------------------------------------------------------------ walking it

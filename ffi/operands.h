@@ -201,7 +201,8 @@ inline std::string unsupported_text(const Attributes& a, int64_t head_dim) {
 // Checks everything, then calls run(Config, DecodeParams) unless there is no request at all.
 template <class Run>
 ffi::Error check_and_run(const DecodeCall& call, Run&& run) {
-  const auto& [o, a] = call;
+  const Operands& o = call.operands;
+  const Attributes& a = call.attributes;
   constexpr int64_t kInt32Max = std::numeric_limits<int32_t>::max();
   const auto dims = o.kv.dimensions();
   const auto rank = [](ffi::AnyBuffer x) { return x.dimensions().size(); };

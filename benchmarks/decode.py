@@ -1,0 +1,246 @@
+"""Time of one ``paged_kv_compress`` call on the GPU at hand, inside a compiled program.
+
+    python benchmarks/decode.py [--quick] [--geometries] [--out results.jsonl]
+
+One program makes ``calls`` calls in a row on one donated state, each on pages of its own, so that
+every call finds its state outside the L2 cache (cold). A loop around them has a trip count known
+only at run time; the time per call is the difference between many trips and few, over the calls in
+between: no launch from Python, no dispatch of arguments is in it. The kernels' own launches are:
+XLA runs the calls of a trip as one CUDA graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_dsv4
+from jax_dsv4 import CompressorState, _config, paged_kv_compress
+
+PAGE_SIZE = 32
+POOL_BYTES = 1 << 30
+COLD_BYTES = 256 << 20  # between two uses of a page, several times any L2
+REGIMES = ("all emit", "distributed", "no hit")
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """What one figure is of."""
+
+    regime: str
+    batch: int
+    next_n: int = 4
+    ratio: int = 128
+    head_dim: int = 512
+    kv_score: str = "bfloat16"
+    state: str = "float32"
+    out: str = "bfloat16"
+
+    @property
+    def overlap(self) -> bool:
+        return _config.overlaps(self.ratio)
+
+    @property
+    def state_dim(self) -> int:
+        return self.head_dim * (2 if self.overlap else 1)
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one row of both arrays."""
+        return 2 * self.state_dim * jnp.dtype(self.state).itemsize
+
+    @property
+    def last(self) -> int:
+        """The length at which a window is complete, and the longest of any request."""
+        return self.ratio * (2 if self.overlap else 1)
+
+    def kv_lens(self) -> np.ndarray:
+        """Lengths in the first window (the second where windows overlap)."""
+        request = np.arange(self.batch)
+        last = self.last
+        match self.regime:
+            case "all emit":
+                lens = np.full(self.batch, last)
+            case "distributed":  # phases next_n apart
+                lens = last - self.next_n * (request % (self.ratio // self.next_n))
+            case "no hit":
+                lens = np.full(self.batch, last - 1)
+        return lens.astype(np.int32)
+
+    def bytes_moved(self) -> int:
+        """State read and written, new rows and results; a record reads R rows of S channels."""
+        lens = self.kv_lens()
+        windows = int((lens // self.ratio - (lens - self.next_n) // self.ratio).sum())
+        new_rows = self.batch * self.next_n
+        read = windows * self.ratio * self.row_bytes
+        written = new_rows * self.row_bytes
+        kv_score = new_rows * 2 * self.state_dim * jnp.dtype(self.kv_score).itemsize
+        kv_comp = self.batch * self.head_dim * jnp.dtype(self.out).itemsize
+        return read + written + kv_score + kv_comp
+
+
+def make_program(point: Point, calls: int, num_tables: int, implementation: str, geometry: int):
+    """A jitted (trips, state, tables, kv_score, ape, kv_lens) -> state; state donated."""
+
+    def trip(_, carry, tables, kv_score, ape, kv_lens):
+        state, _ = carry
+        for i in range(calls):
+            kv_comp, state = paged_kv_compress(
+                kv_score,
+                ape,
+                state,
+                tables[i % num_tables],
+                kv_lens,
+                compress_ratio=point.ratio,
+                out_dtype=point.out,
+                implementation=implementation,
+                _geometry=geometry,
+            )
+        return state, kv_comp  # the last call's; the others are kept by the state they update
+
+    def program(state, trips, tables, kv_score, ape, kv_lens):
+        shape = (point.batch, -(-point.next_n // point.ratio), point.head_dim)
+        carry = (state, jnp.zeros(shape, point.out))
+        return jax.lax.fori_loop(
+            0, trips, lambda i, c: trip(i, c, tables, kv_score, ape, kv_lens), carry
+        )
+
+    return jax.jit(program, donate_argnums=0)
+
+
+def measure(point: Point, implementation: str = "ffi", geometry: int = -1, seconds: float = 0.03):
+    """Microseconds per call, cold, median of 5."""
+    rng = np.random.default_rng(0)
+    pages_each = -(-point.last // PAGE_SIZE)
+    num_pages = max(POOL_BYTES // (PAGE_SIZE * point.row_bytes), point.batch * pages_each)
+    num_tables = num_pages // (point.batch * pages_each)
+    calls = int(np.clip(COLD_BYTES // point.bytes_moved(), 64, 512))
+    if implementation == "xla":
+        calls = 16  # compiles slowly; its temporaries flush the cache
+    num_tables = min(num_tables, calls)
+
+    order = rng.permutation(num_pages)[: num_tables * point.batch * pages_each].astype(np.int32)
+    tables = [jnp.asarray(t) for t in order.reshape(num_tables, point.batch, pages_each)]
+    keys = jax.random.split(jax.random.key(0), 4)
+    shape = (num_pages, PAGE_SIZE, point.state_dim)
+    state = CompressorState(
+        jax.random.normal(keys[0], shape, point.state),
+        jax.random.normal(keys[1], shape, point.state),
+    )
+    kv_score = jax.random.normal(
+        keys[2], (point.batch, point.next_n, 2 * point.state_dim), point.kv_score
+    )
+    ape = jax.random.normal(keys[3], (point.ratio, point.state_dim), jnp.float32)
+    kv_lens = jnp.asarray(point.kv_lens())
+    rest = (tables, kv_score, ape, kv_lens)
+    program = make_program(point, calls, num_tables, implementation, geometry)
+
+    def run(trips):
+        nonlocal state
+        start = time.perf_counter()
+        state, total = program(state, trips, *rest)
+        total.block_until_ready()
+        return time.perf_counter() - start
+
+    few = 1
+    run(few)  # compiles
+    run(few)
+    once = max((run(few + 3) - run(few)) / 3, 1e-5)
+    many = few + max(2, int(seconds / once))
+    times = [(run(many) - run(few)) / ((many - few) * calls) for _ in range(5)]
+    return statistics.median(times) * 1e6, calls
+
+
+def read_ceiling() -> float:
+    """GB/s of one large streaming read (a float32 sum over 4 GiB)."""
+    x = jnp.ones((1 << 20, 1 << 10), jnp.float32)
+    total = jax.jit(lambda x: jnp.sum(x, axis=1))
+    total(x).block_until_ready()
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        for _ in range(10):
+            y = total(x)
+        y.block_until_ready()
+        times.append((time.perf_counter() - start) / 10)
+    return x.nbytes / min(times) / 1e9
+
+
+def environment() -> dict:
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "jax_dsv4": getattr(jax_dsv4, "__version__", ""),
+        "commit": commit,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, nargs="*", default=[1, 16, 64, 128, 256, 512])
+    parser.add_argument("--regime", nargs="*", default=["all emit"])
+    parser.add_argument("--ratio", type=int, nargs="*", default=[128])
+    parser.add_argument("--head-dim", type=int, nargs="*", default=[512])
+    parser.add_argument("--next-n", type=int, nargs="*", default=[4])
+    parser.add_argument("--geometries", action="store_true", help="every compiled geometry")
+    parser.add_argument("--reference", action="store_true", help="the jitted jnp reference, too")
+    parser.add_argument("--out", help="append JSON lines to this file")
+    args = parser.parse_args()
+
+    ceiling = read_ceiling()
+    info = environment() | {"read_ceiling_gb_s": round(ceiling)}
+    print(info)
+    out = open(args.out, "a") if args.out else None
+    for ratio in args.ratio:
+        for head_dim in args.head_dim:
+            shape = next(
+                s for s in _config.SHAPES if (s.head_dim, s.compress_ratio) == (head_dim, ratio)
+            )
+            for regime in args.regime:
+                for next_n in args.next_n:
+                    for batch in args.batch:
+                        point = Point(regime, batch, next_n, ratio, head_dim)
+                        variants = [("default", "ffi", -1)]
+                        if args.geometries:
+                            variants += [
+                                ("/".join(str(int(f)) for f in g), "ffi", i)
+                                for i, g in enumerate(shape.geometries)
+                            ]
+                        if args.reference:
+                            variants.append(("jnp", "xla", -1))
+                        cells = []
+                        for name, implementation, geometry in variants:
+                            us, calls = measure(point, implementation, geometry)
+                            percent = point.bytes_moved() / us / 1e3 / ceiling * 100
+                            record = dataclasses.asdict(point) | {
+                                "variant": name,
+                                "us": round(us, 3),
+                                "percent_of_read_ceiling": round(percent, 1),
+                                "calls": calls,
+                            }
+                            if out:
+                                out.write(json.dumps(record | info) + "\n")
+                                out.flush()
+                            cells.append(f"{name} {us:.2f}")
+                        print(
+                            f"R{ratio} D{head_dim} n{next_n} {regime} B={batch}: "
+                            + ", ".join(cells),
+                            flush=True,
+                        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
