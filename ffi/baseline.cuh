@@ -16,12 +16,12 @@ __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads)
   using Out = typename Config::Out;
   __shared__ SharedPlan<Config, Geometry> smem;
 
-  const int64_t index = blockIdx.x / T::kSlices;
+  const uint32_t index = blockIdx.x / T::kSlices;
   const int slice_column = static_cast<int>(blockIdx.x % T::kSlices) * T::kColumns;
   const int m = blockIdx.z * gridDim.y + blockIdx.y;
   if (m >= p.num_windows) return;
   const Request<Config> r = request_at<Config>(p, index);
-  Out* out = static_cast<Out*>(p.kv_comp) + (index * p.num_windows + m) * Config::kHeadDim +
+  Out* out = static_cast<Out*>(p.kv_comp) + (int64_t{index} * p.num_windows + m) * Config::kHeadDim +
              slice_column;
   const int window = r.first_window + m;
 

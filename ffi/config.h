@@ -62,12 +62,15 @@ struct Geometry {
   static constexpr int kLanes = kLanes_;
   static constexpr int kRowsPerStep = kRowsPerStep_;
   static constexpr bool kPrefetch = kPrefetch_;
+  static constexpr bool kBaseline = false;
 };
 
 // The reduction as it was before and after it was shared by four warps: one row at a time, its page
 // looked up on the way (baseline.cuh). For benchmarks, to have something to compare with.
 template <int kWarps>
-struct RowAtATime : Geometry<kWarps, 32, 1, false> {};
+struct RowAtATime : Geometry<kWarps, 32, 1, false> {
+  static constexpr bool kBaseline = true;
+};
 
 // ------------------------------------------------------------------------------- the list itself
 
@@ -87,17 +90,20 @@ using DTypesList = TypeList<DTypes<bf16, f32, bf16>,  //
                             DTypes<f32, bf16, bf16>,  //
                             DTypes<f32, bf16, f32>>;
 
-// The geometries of a ratio, of which choose_geometry() in decode_cuda.cu picks.
+// The geometries of a ratio. A call takes the first while requests x head_dim is at most
+// kFewChannels, and the second beyond: by measurement on an H200 (benchmarks/notes.md).
 template <int kRatio>
 struct GeometriesOf;
 template <>
 struct GeometriesOf<4> {
-  using List = TypeList<Geometry<2, 8, 1, false>, Geometry<2, 16, 2, false>>;
+  using List = TypeList<Geometry<4, 16, 1, false>, Geometry<4, 32, 2, false>>;
+  static constexpr int64_t kFewChannels = 64 * 512;
 };
 template <>
 struct GeometriesOf<128> {
-  using List = TypeList<Geometry<8, 8, 4, false>, Geometry<4, 32, 2, true>,  //
+  using List = TypeList<Geometry<8, 8, 4, false>, Geometry<4, 16, 4, true>,  //
                         RowAtATime<1>, RowAtATime<4>>;
+  static constexpr int64_t kFewChannels = 16 * 512;
 };
 
 // ------------------------------------------------------------------------------------ walking it

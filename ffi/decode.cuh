@@ -45,11 +45,13 @@ struct Tile {
   static_assert(kGroups * kRowsPerStep * kSteps == Config::kReducedRows);
 };
 
+inline constexpr int64_t kNew = -2;  // a row that exists, and that this step brings
+
 // The shared memory of a CTA.
 template <class Config, class Geometry>
 struct SharedPlan {
   using T = Tile<Config, Geometry>;
-  // Where each warp's stored rows are, or kNowhere; written and read by that warp alone.
+  // Where each warp's rows are, kNowhere or kNew; written and read by that warp alone.
   int64_t kv_row[Geometry::kWarps][T::kRowsPerWarp];
   int64_t score_row[Geometry::kWarps][T::kRowsPerWarp];
   // The warps' partial results.
@@ -178,14 +180,15 @@ struct RowWriter {
       const int t = row_of(item), column = column_of(item);
       const int position = r.first_position + t;
       if (t >= r.num_new || position < 0) continue;
+      // Every load before the first store, which they could not pass.
       const int64_t kv_row = r.find_row(p.paging, r.kv_table, position);
       const int64_t score_row = r.find_row(p.paging, r.score_table, position);
+      const auto score = row.score(load_bias<Config, T::kVector>(r, position, column));
       if (kv_row != kNowhere) {
         store(static_cast<State*>(p.kv) + kv_row * Config::kStateDim + column, row.kv());
       }
       if (score_row != kNowhere) {
-        store(static_cast<State*>(p.score) + score_row * Config::kStateDim + column,
-              row.score(load_bias<Config, T::kVector>(r, position, column)));
+        store(static_cast<State*>(p.score) + score_row * Config::kStateDim + column, score);
       }
     }
   }
@@ -228,23 +231,24 @@ struct WindowReducer {
     return Config::kOverlap && i >= Config::kRatio ? Config::kHeadDim + column : column;
   }
 
-  // A row that exists in both pools and was there before this step.
-  __device__ void find_stored_rows() {
+  // Looks up this warp's rows, each once. A row exists if both pools have it.
+  __device__ void find_rows() {
     for (int s = threadIdx.x % 32; s < T::kRowsPerWarp; s += 32) {
       const int i = (s / T::kRowsAbreast * Geometry::kWarps + warp) * T::kRowsAbreast +
                     s % T::kRowsAbreast;
       const int position = begin + i;
-      int64_t kv_row = kNowhere, score_row = kNowhere;
-      if (position >= 0 && position < r.first_position) {
-        kv_row = r.find_row(p.paging, r.kv_table, position);
-        score_row = r.score_table == r.kv_table
-                        ? kv_row
-                        : r.find_row(p.paging, r.score_table, position);
-      }
-      smem.kv_row[warp][s] = score_row == kNowhere ? kNowhere : kv_row;
+      const int looked_up = max(position, 0);  // both loads without a branch between them
+      const int64_t kv_row = r.find_row(p.paging, r.kv_table, looked_up);
+      const int64_t score_row = r.find_row(p.paging, r.score_table, looked_up);
+      const bool exists = (position >= 0) & (kv_row != kNowhere) & (score_row != kNowhere);
+      smem.kv_row[warp][s] = !exists ? kNowhere : position < r.first_position ? kv_row : kNew;
       smem.score_row[warp][s] = score_row;
     }
-    __syncwarp();  // this warp's rows, before its lanes load them
+    __syncwarp();  // this warp's rows, before its lanes use them
+  }
+
+  __device__ int64_t kv_row(int in_lane) const {
+    return smem.kv_row[warp][in_lane * T::kRowsAbreast + abreast];
   }
 
   __device__ Step load_step(int step) const {
@@ -252,14 +256,14 @@ struct WindowReducer {
 #pragma unroll
     for (int j = 0; j < T::kRowsPerStep; ++j) {
       const int in_lane = step * T::kRowsPerStep + j;
-      const int64_t kv_row = smem.kv_row[warp][in_lane * T::kRowsAbreast + abreast];
+      const int64_t row = kv_row(in_lane);
       const int64_t score_row = smem.score_row[warp][in_lane * T::kRowsAbreast + abreast];
       const int from = column_of(in_lane * T::kGroups + group());
-      if (kv_row != kNowhere) {
+      if (row >= 0) {
         rows.score[j] = load<State, T::kVector>(static_cast<const State*>(p.score) +
                                                 score_row * Config::kStateDim + from);
         rows.kv[j] = load<State, T::kVector>(static_cast<const State*>(p.kv) +
-                                             kv_row * Config::kStateDim + from);
+                                             row * Config::kStateDim + from);
       } else {
 #pragma unroll
         for (int v = 0; v < T::kVector; ++v) {
@@ -289,36 +293,31 @@ struct WindowReducer {
     }
   }
 
-  // A group's first new row is under way while the tables are read.
   struct PendingRow {
     int i;  // reduced row; kReducedRows or more: there is none
     NewRow<Config, T::kVector> row;
     Vector<float, T::kVector> bias;
-    bool exists;
   };
 
   __device__ PendingRow load_new_row(int i) const {
     PendingRow pending;
     pending.i = i;
     if (i < Config::kReducedRows) {
-      const int position = begin + i;
-      pending.row = NewRow<Config, T::kVector>(r, position - r.first_position, column_of(i));
-      pending.bias = load_bias<Config, T::kVector>(r, position, column_of(i));
-      pending.exists = r.find_row(p.paging, r.kv_table, position) != kNowhere &&
-                       r.find_row(p.paging, r.score_table, position) != kNowhere;
+      pending.row = NewRow<Config, T::kVector>(r, begin + i - r.first_position, column_of(i));
+      pending.bias = load_bias<Config, T::kVector>(r, begin + i, column_of(i));
     }
     return pending;
   }
 
+  // A group's first new row is under way while the tables are read.
   __device__ PendingRow load_first_new_row() const {
-    const int first = max(r.first_position, 0) - begin;  // reduced row; may lie before this window
-    const int from = max(first, 0);
-    return load_new_row(from + ((group() - from) & (T::kGroups - 1)));
+    const int first = max(max(r.first_position, 0) - begin, 0);
+    return load_new_row(first + ((group() - first) & (T::kGroups - 1)));
   }
 
   __device__ void reduce_new_rows(PendingRow pending) {
     while (pending.i < Config::kReducedRows) {
-      if (pending.exists) {
+      if (kv_row(pending.i / T::kGroups) == kNew) {
         const StateVector kv[1] = {pending.row.kv()};
         const StateVector score[1] = {pending.row.score(pending.bias)};
         reduce(kv, score);
@@ -395,7 +394,7 @@ __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads)
   using Out = typename Config::Out;
   __shared__ SharedPlan<Config, Geometry> smem;
 
-  const int64_t index = blockIdx.x / T::kSlices;
+  const uint32_t index = blockIdx.x / T::kSlices;
   const int slice_column = static_cast<int>(blockIdx.x % T::kSlices) * T::kColumns;
   const int m = blockIdx.z * gridDim.y + blockIdx.y;
   if (m >= p.num_windows) return;
@@ -403,33 +402,43 @@ __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads)
   RowWriter<Config, Geometry> writer(p, r, m, slice_column);
 
   Out* out = static_cast<Out*>(p.kv_comp) +
-             (index * p.num_windows + m) * Config::kHeadDim + slice_column;
+             (int64_t{index} * p.num_windows + m) * Config::kHeadDim + slice_column;
   const int window = r.first_window + m;
-  if (window >= r.end_window) {
-    writer.write(p);
+  const int lane_column = threadIdx.x % T::kLanes * T::kVector;
+  WindowReducer<Config, Geometry> reducer(p, r, smem, window, slice_column + lane_column);
+  typename WindowReducer<Config, Geometry>::PendingRow new_row;
+  typename WindowReducer<Config, Geometry>::Step rows;
+  const bool completed = window < r.end_window;
+  if (completed) {
+    new_row = reducer.load_first_new_row();
+    reducer.find_rows();
+    rows = reducer.load_step(0);
+  }
+  writer.write(p);
+  if (!completed) {
+#pragma unroll 1
     for (int c = threadIdx.x; c < T::kColumns; c += T::kThreads) out[c] = round_to<Out>(0.0f);
     return;
   }
-
-  const int lane_column = threadIdx.x % T::kLanes * T::kVector;
-  WindowReducer<Config, Geometry> reducer(p, r, smem, window, slice_column + lane_column);
-  const auto new_row = reducer.load_first_new_row();
-  reducer.find_stored_rows();
-  auto rows = reducer.load_step(0);
-  writer.write(p);
   reducer.reduce_new_rows(new_row);  // while the stored ones arrive
+  if constexpr (Geometry::kPrefetch) {
+    // Two buffers by name: copying one to the other would wait for its loads.
+    static_assert(T::kSteps % 2 == 0);
 #pragma unroll 1
-  for (int step = 1; step < T::kSteps; ++step) {
-    if constexpr (Geometry::kPrefetch) {
-      const auto next = reducer.load_step(step);
+    for (int step = 0; step < T::kSteps; step += 2) {
+      const auto next = reducer.load_step(step + 1);
       reducer.reduce(rows.kv, rows.score);
-      rows = next;
-    } else {
+      if (step + 2 < T::kSteps) rows = reducer.load_step(step + 2);
+      reducer.reduce(next.kv, next.score);
+    }
+  } else {
+#pragma unroll 1
+    for (int step = 1; step < T::kSteps; ++step) {
       reducer.reduce(rows.kv, rows.score);
       rows = reducer.load_step(step);
     }
+    reducer.reduce(rows.kv, rows.score);
   }
-  reducer.reduce(rows.kv, rows.score);
   reducer.merge_rows_abreast();
 
   store_merged<Config, Geometry>(smem, reducer.partial, out);

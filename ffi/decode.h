@@ -22,10 +22,10 @@ struct DecodeParams {
   const int32_t* q_lens;        // [G or 1, B]; null: next_n for every request
   void* kv_comp;                // [G, B, num_windows, D], every element written
 
-  int64_t num_requests;   // G * B
-  int64_t rows_per_pool;  // num_pages * page_size
-  int32_t batch;          // B
+  int32_t num_requests;  // G * B
   int32_t next_n;
+  Divisor batch;          // B
+  int64_t rows_per_pool;  // num_pages * page_size
   int32_t num_windows;  // ceil(next_n / R), the most that one step can complete
   Paging paging;
 
@@ -57,10 +57,10 @@ struct Request {
 
 // The view of request `index` of G * B.
 template <class Config>
-JAX_DSV4_HD Request<Config> request_at(const DecodeParams& p, int64_t index) {
-  const int64_t group = p.num_requests == p.batch ? 0 : index / p.batch;
-  const int64_t in_group = index - group * p.batch;
-  const auto row_of = [&](bool per_group) { return per_group ? index : in_group; };
+JAX_DSV4_HD Request<Config> request_at(const DecodeParams& p, uint32_t index) {
+  const uint32_t group = index / p.batch;
+  const uint32_t in_group = index - group * p.batch.value;
+  const auto row_of = [&](bool per_group) -> int64_t { return per_group ? index : in_group; };
 
   Request<Config> r;
   const int32_t length = p.kv_lens[row_of(p.kv_lens_per_group)];
@@ -75,11 +75,13 @@ JAX_DSV4_HD Request<Config> request_at(const DecodeParams& p, int64_t index) {
   r.end_window = r.num_new > 0 ? length / Config::kRatio : r.first_window;
 
   using KvScore = typename Config::KvScore;
-  r.pool_row = group * p.rows_per_pool;
+  r.pool_row = int64_t{group} * p.rows_per_pool;
   r.kv_score = static_cast<const KvScore*>(p.kv_score) +
                row_of(p.kv_score_per_group) * p.next_n * (2 * Config::kStateDim);
-  r.ape = p.ape == nullptr ? nullptr
-                           : p.ape + (p.ape_per_group ? group : 0) * Config::kRatio * Config::kStateDim;
+  r.ape = p.ape;
+  if (p.ape != nullptr && p.ape_per_group) {
+    r.ape += int64_t{group} * (Config::kRatio * Config::kStateDim);
+  }
   r.kv_table = p.kv_tables + row_of(p.kv_tables_per_group) * p.paging.max_pages;
   r.score_table = p.score_tables + row_of(p.score_tables_per_group) * p.paging.max_pages;
   return r;

@@ -86,11 +86,11 @@ void reduce_window(const DecodeParams& p, const Request<Config>& r, int32_t wind
 }
 
 template <class Config>
-void decode_request(const DecodeParams& p, int64_t index) {
+void decode_request(const DecodeParams& p, uint32_t index) {
   using Out = typename Config::Out;
   const Request<Config> r = request_at<Config>(p, index);
   write_rows(p, r);
-  Out* out = static_cast<Out*>(p.kv_comp) + index * p.num_windows * Config::kHeadDim;
+  Out* out = static_cast<Out*>(p.kv_comp) + int64_t{index} * p.num_windows * Config::kHeadDim;
   for (int32_t m = 0; m < p.num_windows; ++m, out += Config::kHeadDim) {
     const int32_t window = r.first_window + m;
     if (window < r.end_window) {
@@ -109,8 +109,8 @@ ffi::Future decode_batch(ffi::ThreadPool pool, const DecodeParams& p) {
   ffi::CountDownPromise promise(num_tasks);
   ffi::Future future(promise);
   for (int64_t task = 0; task < num_tasks; ++task) {
-    const int64_t begin = p.num_requests * task / num_tasks;
-    const int64_t end = p.num_requests * (task + 1) / num_tasks;
+    const int64_t begin = int64_t{p.num_requests} * task / num_tasks;
+    const int64_t end = int64_t{p.num_requests} * (task + 1) / num_tasks;
     pool.Schedule([p, begin, end, promise]() mutable {
       for (int64_t i = begin; i < end; ++i) decode_request<Config>(p, i);
       promise.CountDown();

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 
@@ -16,10 +17,10 @@
 namespace jax_dsv4 {
 namespace {
 
-// The geometry for a call, by measurement on an H200 (benchmarks/notes.md).
 template <class Config>
-int choose_geometry(const DecodeParams& p) {
-  return 0;
+int64_t choose_geometry(const DecodeParams& p) {
+  const int64_t channels = int64_t{p.num_requests} * Config::kHeadDim;
+  return channels <= GeometriesOf<Config::kRatio>::kFewChannels ? 0 : 1;
 }
 
 ffi::Error launch_error(cudaError_t status) {
@@ -38,8 +39,12 @@ auto kernel_of(RowAtATime<kWarps>) {
 template <class Config, class Geometry>
 ffi::Error launch(cudaStream_t stream, const DecodeParams& p) {
   using T = Tile<Config, Geometry>;
+  if (Geometry::kBaseline && p.num_windows > 1) {
+    // It would read rows back that another CTA writes.
+    return ffi::Error::InvalidArgument("geometry: the baselines need next_n <= compress_ratio");
+  }
   constexpr int64_t kMaxGridX = 2147483647, kMaxGridY = 65535;
-  const int64_t x = p.num_requests * T::kSlices;
+  const int64_t x = int64_t{p.num_requests} * T::kSlices;
   if (x > kMaxGridX) return ffi::Error::InvalidArgument("batch: too many requests for one launch");
   const int64_t y = std::min<int64_t>(p.num_windows, kMaxGridY);
   const dim3 grid(x, y, (p.num_windows + y - 1) / y);
@@ -58,8 +63,8 @@ ffi::Error decode(cudaStream_t stream, const DecodeCall& call) {
       return ffi::Error::InvalidArgument("operands: expected 16-byte aligned buffers");
     }
     const int64_t requested = call.attributes.geometry;
-    const int chosen = requested == kAutoGeometry ? choose_geometry<C>(p) : requested;
-    int index = 0;
+    const int64_t chosen = requested == kAutoGeometry ? choose_geometry<C>(p) : requested;
+    int64_t index = 0;
     ffi::Error error = ffi::Error::Success();
     const bool found = visit_any(typename GeometriesOf<C::kRatio>::List{}, [&](auto geometry) {
       if (index++ != chosen) return false;

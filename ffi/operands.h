@@ -250,8 +250,8 @@ ffi::Error check_and_run(const DecodeCall& call, Run&& run) {
                       o.score.untyped_data() == o.score_out.untyped_data(),
                   "state: the results must alias the operands (input_output_aliases {0: 0, 1: 1})");
     check.require(page_size >= 1 && page_size <= kInt32Max, "page_size: expected 1 to 2^31 - 1");
-    check.require(batch <= kInt32Max && max_pages <= kInt32Max,
-                  "kv_tables: batch and max_pages must be below 2^31");
+    check.require(groups * batch <= kInt32Max && max_pages <= kInt32Max,
+                  "kv_tables: requests and max_pages must be below 2^31");
     if (!check.ok() || groups * batch == 0) return;
 
     p.kv = o.kv.untyped_data();
@@ -263,9 +263,9 @@ ffi::Error check_and_run(const DecodeCall& call, Run&& run) {
     p.kv_lens = static_cast<const int32_t*>(o.kv_lens.untyped_data());
     p.q_lens = has_q_lens ? static_cast<const int32_t*>(o.q_lens.untyped_data()) : nullptr;
     p.kv_comp = o.kv_comp.untyped_data();
-    p.num_requests = groups * batch;
+    p.num_requests = static_cast<int32_t>(groups * batch);
     p.rows_per_pool = num_pages * page_size;
-    p.batch = static_cast<int32_t>(batch);
+    p.batch = Divisor(static_cast<uint32_t>(batch));
     p.next_n = static_cast<int32_t>(a.next_n);
     p.num_windows = static_cast<int32_t>(num_windows);
     p.paging.page_size = Divisor(static_cast<uint32_t>(page_size));
