@@ -1,6 +1,6 @@
-// The reduction of R = 128 that this project started from, kept to be measured against: a warp takes
-// one row after another, looks up its page, loads it and updates a running softmax (two exps per
-// element); new rows go through memory and a barrier. With one warp, and shared by four.
+// The reduction of R = 128 that this project started from, kept to be measured against: a warp
+// takes one row after another, looks up its page, loads it and updates a running softmax (two exps
+// per element); new rows go through memory and a barrier. With one warp, and shared by four.
 
 #pragma once
 
@@ -21,8 +21,8 @@ __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads)
   const int m = blockIdx.z * gridDim.y + blockIdx.y;
   if (m >= p.num_windows) return;
   const Request<Config> r = request_at<Config>(p, index);
-  Out* out = static_cast<Out*>(p.kv_comp) + (int64_t{index} * p.num_windows + m) * Config::kHeadDim +
-             slice_column;
+  Out* out = static_cast<Out*>(p.kv_comp) +
+             (int64_t{index} * p.num_windows + m) * Config::kHeadDim + slice_column;
   const int window = r.first_window + m;
 
   RowWriter<Config, Geometry>(p, r, m, slice_column).write(p);

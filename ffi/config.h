@@ -81,13 +81,12 @@ using Shapes = TypeList<Shape<512, 4, true>,     // CSA main
                         Shape<128, 128, false>>;
 
 //                          kv_score, state, kv_comp
-using DTypesList = TypeList<DTypes<bf16, f32, bf16>,  //
-                            DTypes<bf16, f32, f32>,   //
-                            DTypes<bf16, bf16, bf16>,
-                            DTypes<bf16, bf16, f32>,  //
-                            DTypes<f32, f32, bf16>,   //
-                            DTypes<f32, f32, f32>,    //
-                            DTypes<f32, bf16, bf16>,  //
+using DTypesList = TypeList<DTypes<bf16, f32, bf16>,                            //
+                            DTypes<bf16, f32, f32>,                             //
+                            DTypes<bf16, bf16, bf16>, DTypes<bf16, bf16, f32>,  //
+                            DTypes<f32, f32, bf16>,                             //
+                            DTypes<f32, f32, f32>,                              //
+                            DTypes<f32, bf16, bf16>,                            //
                             DTypes<f32, bf16, f32>>;
 
 // The geometries of a ratio. A call takes the first while requests x head_dim is at most

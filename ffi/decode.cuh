@@ -2,14 +2,15 @@
 //
 // Grid: x = requests x column slices, (y, z) = windows. A CTA owns one window of one request over
 // one slice of kColumns channels, of both halves where windows overlap. It
-//   1. stores its share of the new tokens' rows (rows m R ... m R + R - 1 of the step for window m),
+//   1. stores its share of the new tokens' rows (rows m R ... m R + R - 1 of the step for window
+//   m),
 //   2. counts the windows that the step completes; if its own is not among them, stores zeros,
 //   3. reduces the window: value[d] = sum_i softmax_i(score[i, d]) kv[i, d] over its stored rows.
 // Bytes: 2 kReducedRows D per completed window and 4 S per new row (half of it read), elements.
 //
 // Every lane holds 16 bytes of a row. Lanes across a slice times rows abreast fill a warp. A warp
-// first finds where all its rows are, then loads them with nothing but the loads in the way: it pays
-// the chain kv_len -> page -> row once. New rows are taken from kv_score, rounded as they are
+// first finds where all its rows are, then loads them with nothing but the loads in the way: it
+// pays the chain kv_len -> page -> row once. New rows are taken from kv_score, rounded as they are
 // stored, so the reduction waits for no store. One exp per element.
 
 #pragma once
@@ -34,7 +35,7 @@ struct Tile {
   static constexpr int kLanes = min_of(Geometry::kLanes, Config::kHeadDim / kVector);
   static constexpr int kColumns = kLanes * kVector;
   static constexpr int kSlices = Config::kHeadDim / kColumns;
-  static constexpr int kRowsAbreast = 32 / kLanes;  // of one warp
+  static constexpr int kRowsAbreast = 32 / kLanes;                 // of one warp
   static constexpr int kGroups = Geometry::kWarps * kRowsAbreast;  // rows abreast of the CTA
   static constexpr int kRowsPerLane = Config::kReducedRows / kGroups;
   static constexpr int kRowsPerStep = min_of(Geometry::kRowsPerStep, kRowsPerLane);
@@ -234,8 +235,8 @@ struct WindowReducer {
   // Looks up this warp's rows, each once. A row exists if both pools have it.
   __device__ void find_rows() {
     for (int s = threadIdx.x % 32; s < T::kRowsPerWarp; s += 32) {
-      const int i = (s / T::kRowsAbreast * Geometry::kWarps + warp) * T::kRowsAbreast +
-                    s % T::kRowsAbreast;
+      const int i =
+          (s / T::kRowsAbreast * Geometry::kWarps + warp) * T::kRowsAbreast + s % T::kRowsAbreast;
       const int position = begin + i;
       const int looked_up = max(position, 0);  // both loads without a branch between them
       const int64_t kv_row = r.find_row(p.paging, r.kv_table, looked_up);

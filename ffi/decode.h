@@ -26,7 +26,7 @@ struct DecodeParams {
   int32_t next_n;
   Divisor batch;          // B
   int64_t rows_per_pool;  // num_pages * page_size
-  int32_t num_windows;  // ceil(next_n / R), the most that one step can complete
+  int32_t num_windows;    // ceil(next_n / R), the most that one step can complete
   Paging paging;
 
   // Whether the operand is one per group.

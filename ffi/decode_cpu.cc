@@ -101,11 +101,11 @@ void decode_request(const DecodeParams& p, uint32_t index) {
   }
 }
 
-// Splits the requests into a few tasks per thread of XLA's pool; the future completes with the last.
+// Splits the requests into a few tasks per thread of XLA's pool; the future completes with the
+// last.
 template <class Config>
 ffi::Future decode_batch(ffi::ThreadPool pool, const DecodeParams& p) {
-  const int64_t num_tasks =
-      std::clamp<int64_t>(4 * pool.num_threads(), 1, p.num_requests);
+  const int64_t num_tasks = std::clamp<int64_t>(4 * pool.num_threads(), 1, p.num_requests);
   ffi::CountDownPromise promise(num_tasks);
   ffi::Future future(promise);
   for (int64_t task = 0; task < num_tasks; ++task) {
@@ -143,8 +143,7 @@ ffi::Future decode(ffi::ThreadPool pool, const DecodeCall& call) {
 }  // namespace jax_dsv4
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    PagedKvCompressCpu,
-    ([](xla::ffi::ThreadPool pool, auto... call) {
+    PagedKvCompressCpu, ([](xla::ffi::ThreadPool pool, auto... call) {
       return jax_dsv4::decode(pool, jax_dsv4::decode_call(call...));
     }),
     jax_dsv4::bind_decode(xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>()));

@@ -80,8 +80,7 @@ ffi::Error decode(cudaStream_t stream, const DecodeCall& call) {
 }  // namespace jax_dsv4
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    PagedKvCompressCuda,
-    ([](cudaStream_t stream, auto... call) {
+    PagedKvCompressCuda, ([](cudaStream_t stream, auto... call) {
       return jax_dsv4::decode(stream, jax_dsv4::decode_call(call...));
     }),
     jax_dsv4::bind_decode(xla::ffi::Ffi::Bind().Ctx<xla::ffi::PlatformStream<cudaStream_t>>()),

@@ -49,7 +49,8 @@ struct Attributes {
 };
 inline constexpr int64_t kAutoGeometry = -1;
 
-// The part of a handler's binding that both platforms share; `binding` holds the platform's contexts.
+// The part of a handler's binding that both platforms share; `binding` holds the platform's
+// contexts.
 template <class Binding>
 auto bind_decode(Binding binding) {
   return std::move(binding)
@@ -241,8 +242,7 @@ ffi::Error check_and_run(const DecodeCall& call, Run&& run) {
     p.score_tables_per_group =
         check.maybe_shared("score_tables", o.score_tables, kI32, {batch, max_pages});
     p.kv_lens_per_group = check.maybe_shared("kv_lens", o.kv_lens, kI32, {batch});
-    p.q_lens_per_group =
-        check.maybe_shared("q_lens", o.q_lens, kI32, {has_q_lens ? batch : 0});
+    p.q_lens_per_group = check.maybe_shared("q_lens", o.q_lens, kI32, {has_q_lens ? batch : 0});
     check.per_group("state.kv result", o.kv_out, a.state_dtype, {num_pages, page_size, S});
     check.per_group("state.score result", o.score_out, a.state_dtype, {num_pages, page_size, S});
     check.per_group("kv_comp", o.kv_comp, a.out_dtype, {batch, num_windows, C::kHeadDim});

@@ -5,8 +5,8 @@ An operation is, from the outside in:
     custom_jvp (a clear error) -> custom_vmap (mapped axes become group dimensions)
       -> the platform's implementation: ffi_call, or the jnp reference
 
-Every operand carries the group dimensions in front (``ffi/operands.h``): ``[*G, ...]`` on the state,
-``[*G, ...]`` or all ones on what is only read.
+Every operand carries the group dimensions in front (``ffi/operands.h``): ``[*G, ...]`` on the
+state, ``[*G, ...]`` or all ones on what is only read.
 """
 
 from __future__ import annotations
@@ -73,14 +73,18 @@ HAS_CUDA = _load("_cuda", "CUDA") is not None
 
 
 def check_available(implementation: str | None) -> None:
-    """Say so where JAX runs on an NVIDIA GPU, and this package was built without CUDA."""
-    if HAS_CUDA or not any(device.platform == "gpu" for device in jax.devices()):
+    """Say so where JAX has an NVIDIA GPU, but this package was built without CUDA."""
+    if HAS_CUDA:
+        return
+    try:
+        jax.devices("cuda")
+    except RuntimeError:
         return
     problem = "jax_dsv4 was built without a CUDA compiler"
     remedy = "see Troubleshooting in its README"
     if implementation == "ffi":
         raise RuntimeError(f'implementation="ffi": {problem}; {remedy}')
-    warnings.warn(f"{problem}: running the slow jnp reference; {remedy}", stacklevel=3)
+    warnings.warn(f"{problem}: on a GPU, the slow jnp reference runs; {remedy}", stacklevel=3)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,7 +79,9 @@ def paged_kv_compress(
 
     if overlap:
         halves = rows_of(window - 1, 0), rows_of(window, 1)
-        kv_rows, score_rows = (jnp.concatenate(parts, axis=2) for parts in zip(*halves, strict=True))
+        kv_rows, score_rows = (
+            jnp.concatenate(parts, axis=2) for parts in zip(*halves, strict=True)
+        )
     else:
         kv_rows, score_rows = rows_of(window, 0)
     highest = jnp.max(score_rows, axis=2, keepdims=True)

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# On a machine with an NVIDIA GPU: build for it, run every test there, look for bad memory accesses
+# and races, and measure. Results go to the folder named by the first argument.
+#
+#     benchmarks/gpu.sh [results/]
+#
+# Uses the environment's own build tools and JAX: the `cuda13` and `test` extras, and what
+# build-system.requires in pyproject.toml names.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+results=${1:-results}
+mkdir -p "$results"
+results=$(cd "$results" && pwd)
+architecture=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+
+CUDAARCHS="$architecture-real" python3 -m pip install --quiet --no-build-isolation --no-deps -e . \
+  -Ccmake.define.JAX_DSV4_CUDA=ON
+JAX_DSV4_REQUIRE_GPU=1 python3 -m pytest -q -m gpu 2>&1 | tee "$results/tests.log"
+
+# Each on the cases with bad pages, overruns and every geometry.
+for tool in memcheck racecheck; do
+  JAX_DSV4_REQUIRE_GPU=1 XLA_PYTHON_CLIENT_PREALLOCATE=false \
+    compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 9 \
+    python3 -m pytest -q -m gpu -k sanitize -p no:cacheprovider 2>&1 | tee "$results/$tool.log"
+done
+
+python3 -m jax_dsv4 | tee "$results/main.log"
+python3 benchmarks/decode.py --geometries --reference --out "$results/decode.jsonl" |
+  tee "$results/decode.log"
