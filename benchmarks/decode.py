@@ -1,6 +1,6 @@
 """Time of one ``paged_kv_compress`` call on the GPU at hand, inside a compiled program.
 
-    python benchmarks/decode.py [--quick] [--geometries] [--out results.jsonl]
+    python benchmarks/decode.py [--geometries] [--reference] [--out results.jsonl]
 
 One program makes ``calls`` calls in a row on one donated state, each on pages of its own, so that
 every call finds its state outside the L2 cache (cold). A loop around them has a trip count known
@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import subprocess
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-import jax_dsv4
 from jax_dsv4 import CompressorState, _config, paged_kv_compress
 
 PAGE_SIZE = 32
@@ -176,71 +175,68 @@ def read_ceiling() -> float:
 
 
 def environment() -> dict:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    def output(*command: str) -> str:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
     return {
         "device": jax.devices()[0].device_kind,
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "jax": jax.__version__,
-        "jax_dsv4": getattr(jax_dsv4, "__version__", ""),
-        "commit": commit,
+        "commit": output("git", "rev-parse", "--short", "HEAD"),
+        "read_ceiling_gb_s": round(read_ceiling()),
     }
 
 
-def main() -> int:
+def variants_of(point: Point, geometries: bool, reference: bool) -> list[tuple[str, str, int]]:
+    """(name, implementation, geometry) of what is measured side by side."""
+    variants = [("default", "ffi", -1)]
+    if geometries:
+        shape = (point.head_dim, point.ratio)
+        (found,) = (s.geometries for s in _config.SHAPES if (s.head_dim, s.compress_ratio) == shape)
+        variants += [("/".join(str(int(x)) for x in g), "ffi", i) for i, g in enumerate(found)]
+    if reference:
+        variants.append(("jnp", "xla", -1))
+    return variants
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, nargs="*", default=[1, 16, 64, 128, 256, 512])
-    parser.add_argument("--regime", nargs="*", default=["all emit"])
-    parser.add_argument("--ratio", type=int, nargs="*", default=[128])
-    parser.add_argument("--head-dim", type=int, nargs="*", default=[512])
-    parser.add_argument("--next-n", type=int, nargs="*", default=[4])
-    parser.add_argument("--geometries", action="store_true", help="every compiled geometry")
-    parser.add_argument("--reference", action="store_true", help="the jitted jnp reference, too")
-    parser.add_argument("--out", help="append JSON lines to this file")
+    add = parser.add_argument
+    add("--regime", nargs="+", choices=REGIMES, default=["all emit"])
+    add("--batch", type=int, nargs="+", default=[1, 16, 64, 128, 256, 512])
+    add("--next-n", type=int, nargs="+", default=[4])
+    add("--ratio", type=int, nargs="+", default=[128])
+    add("--head-dim", type=int, nargs="+", default=[512])
+    add("--geometries", action="store_true", help="every compiled geometry, baselines included")
+    add("--reference", action="store_true", help="the jitted jnp reference, too")
+    add("--out", default="/dev/null", help="append JSON lines to this file")
     args = parser.parse_args()
 
-    ceiling = read_ceiling()
-    info = environment() | {"read_ceiling_gb_s": round(ceiling)}
-    print(info)
-    out = open(args.out, "a") if args.out else None
-    for ratio in args.ratio:
-        for head_dim in args.head_dim:
-            shape = next(
-                s for s in _config.SHAPES if (s.head_dim, s.compress_ratio) == (head_dim, ratio)
+    info = environment()
+    print(json.dumps(info), flush=True)
+    points = itertools.product(args.regime, args.batch, args.next_n, args.ratio, args.head_dim)
+    with open(args.out, "a") as out:
+        for point in itertools.starmap(Point, points):
+            cells = []
+            for name, implementation, geometry in variants_of(
+                point, args.geometries, args.reference
+            ):
+                us, calls = measure(point, implementation, geometry)
+                gb_s = point.bytes_moved() / us / 1e3
+                record = dataclasses.asdict(point) | {
+                    "variant": name,
+                    "us": round(us, 3),
+                    "percent_of_read_ceiling": round(100 * gb_s / info["read_ceiling_gb_s"], 1),
+                    "calls": calls,
+                }
+                out.write(json.dumps(record | info) + "\n")
+                cells.append(f"{name} {us:.2f}")
+            print(
+                f"R {point.ratio}, D {point.head_dim}, next_n {point.next_n}, {point.regime}, "
+                f"B={point.batch}: " + ", ".join(cells),
+                flush=True,
             )
-            for regime in args.regime:
-                for next_n in args.next_n:
-                    for batch in args.batch:
-                        point = Point(regime, batch, next_n, ratio, head_dim)
-                        variants = [("default", "ffi", -1)]
-                        if args.geometries:
-                            variants += [
-                                ("/".join(str(int(f)) for f in g), "ffi", i)
-                                for i, g in enumerate(shape.geometries)
-                            ]
-                        if args.reference:
-                            variants.append(("jnp", "xla", -1))
-                        cells = []
-                        for name, implementation, geometry in variants:
-                            us, calls = measure(point, implementation, geometry)
-                            percent = point.bytes_moved() / us / 1e3 / ceiling * 100
-                            record = dataclasses.asdict(point) | {
-                                "variant": name,
-                                "us": round(us, 3),
-                                "percent_of_read_ceiling": round(percent, 1),
-                                "calls": calls,
-                            }
-                            if out:
-                                out.write(json.dumps(record | info) + "\n")
-                                out.flush()
-                            cells.append(f"{name} {us:.2f}")
-                        print(
-                            f"R{ratio} D{head_dim} n{next_n} {regime} B={batch}: "
-                            + ", ".join(cells),
-                            flush=True,
-                        )
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -113,4 +113,9 @@ bool visit_any(TypeList<S...>, Visit&& visit) {
   return (visit(S{}) || ...);
 }
 
+template <class... Ts>
+constexpr int64_t count_of(TypeList<Ts...>) {
+  return sizeof...(Ts);
+}
+
 }  // namespace jax_dsv4

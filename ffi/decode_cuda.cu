@@ -66,12 +66,11 @@ ffi::Error decode(cudaStream_t stream, const DecodeCall& call) {
     const int64_t chosen = requested == kAutoGeometry ? choose_geometry<C>(p) : requested;
     int64_t index = 0;
     ffi::Error error = ffi::Error::Success();
-    const bool found = visit_any(typename GeometriesOf<C::kRatio>::List{}, [&](auto geometry) {
+    visit_any(typename GeometriesOf<C::kRatio>::List{}, [&](auto geometry) {
       if (index++ != chosen) return false;
       error = launch<C, decltype(geometry)>(stream, p);
       return true;
     });
-    if (!found) return ffi::Error::InvalidArgument("geometry: no such geometry");
     return error;
   });
 }

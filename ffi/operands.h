@@ -179,11 +179,19 @@ bool visit_config(const Attributes& a, int64_t head_dim, Visit&& visit) {
   });
 }
 
+// XLA's operator<< is undefined for a value that is no DataType, which an attribute may hold.
+inline std::string dtype_text(ffi::DataType dtype) {
+  if (dtype == ffi::DataType::BF16) return "BF16";
+  if (dtype == ffi::DataType::F32) return "F32";
+  return "data type " + std::to_string(static_cast<int>(dtype));
+}
+
 inline std::string unsupported_text(const Attributes& a, int64_t head_dim) {
   std::ostringstream text;
   text << "no compiled configuration for head_dim " << head_dim << ", compress_ratio "
-       << a.compress_ratio << ", kv_score " << a.kv_score_dtype << ", state " << a.state_dtype
-       << ", kv_comp " << a.out_dtype << "; head_dim/compress_ratio are compiled for";
+       << a.compress_ratio << ", kv_score " << dtype_text(a.kv_score_dtype) << ", state "
+       << dtype_text(a.state_dtype) << ", kv_comp " << dtype_text(a.out_dtype)
+       << "; head_dim/compress_ratio are compiled for";
   visit_any(Shapes{}, [&](auto s) {
     text << ' ' << decltype(s)::kHeadDim << '/' << decltype(s)::kRatio;
     return false;
@@ -249,6 +257,9 @@ ffi::Error check_and_run(const DecodeCall& call, Run&& run) {
     check.require(o.kv.untyped_data() == o.kv_out.untyped_data() &&
                       o.score.untyped_data() == o.score_out.untyped_data(),
                   "state: the results must alias the operands (input_output_aliases {0: 0, 1: 1})");
+    check.require(a.geometry >= kAutoGeometry &&
+                      a.geometry < count_of(typename GeometriesOf<C::kRatio>::List{}),
+                  "geometry: expected -1, or the index of one that is compiled");
     check.require(page_size >= 1 && page_size <= kInt32Max, "page_size: expected 1 to 2^31 - 1");
     check.require(groups * batch <= kInt32Max && max_pages <= kInt32Max,
                   "kv_tables: requests and max_pages must be below 2^31");

@@ -43,7 +43,7 @@ _OVERLAP = {shape.compress_ratio: shape.overlap for shape in SHAPES}
 
 def overlaps(compress_ratio: int) -> bool:
     """Whether the windows of this ratio reach back over the window before them."""
-    if compress_ratio not in _OVERLAP:
+    if type(compress_ratio) is not int or compress_ratio not in _OVERLAP:
         raise ValueError(
             f"compress_ratio: expected one of {tuple(sorted(_OVERLAP))}, got {compress_ratio!r}"
         )
@@ -52,8 +52,12 @@ def overlaps(compress_ratio: int) -> bool:
 
 def check_float(name: str, dtype: DTypeLike) -> None:
     """Raise ``TypeError`` unless ``dtype`` is one of the floating-point types served."""
-    if jnp.dtype(dtype).name not in ("bfloat16", "float32"):
-        raise TypeError(f"{name}: expected bfloat16 or float32, got {jnp.dtype(dtype).name}")
+    try:
+        got = jnp.dtype(dtype).name
+    except TypeError:
+        got = repr(dtype)
+    if got not in ("bfloat16", "float32"):
+        raise TypeError(f"{name}: expected bfloat16 or float32, got {got}")
 
 
 def check_compiled(head_dim: int, compress_ratio: int, dtypes: DTypes) -> None:

@@ -14,16 +14,21 @@ from jax_dsv4.state import STATE_FORMATS, CompressorState
 IMPLEMENTATIONS = (None, "ffi", "xla")
 
 
-def _check(name: str, x: Any, dtypes: tuple[str, ...], *shape: int | str) -> None:
-    """``x`` must have one of ``dtypes`` and this shape; a string names a dimension of any size."""
-    if x.dtype.name not in dtypes:
-        raise TypeError(f"{name}: expected {' or '.join(dtypes)}, got {x.dtype.name}")
-    fits = len(x.shape) == len(shape) and all(
-        isinstance(want, str) or got == want for got, want in zip(x.shape, shape, strict=True)
+def _array(name: str, x: Any, dtypes: tuple[str, ...], *shape: int | str) -> Array:
+    """``x`` as an array of one of ``dtypes`` and this shape; a string: a dimension of any size."""
+    try:
+        array = jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: expected an array, got {type(x).__name__}") from error
+    if array.dtype.name not in dtypes:
+        raise TypeError(f"{name}: expected {' or '.join(dtypes)}, got {array.dtype.name}")
+    fits = len(array.shape) == len(shape) and all(
+        isinstance(want, str) or got == want for got, want in zip(array.shape, shape, strict=True)
     )
     if not fits:
         wanted = ", ".join(str(want) for want in shape)
-        raise ValueError(f"{name}: expected shape [{wanted}], got {list(x.shape)}")
+        raise ValueError(f"{name}: expected shape [{wanted}], got {list(array.shape)}")
+    return array
 
 
 def paged_kv_compress(
@@ -102,35 +107,31 @@ def paged_kv_compress(
     _config.check_float("out_dtype", out_dtype)
 
     floats, i32 = ("bfloat16", "float32"), ("int32",)
-    kv, score = jnp.asarray(state.kv), jnp.asarray(state.score)
-    kv_score, kv_lens = jnp.asarray(kv_score), jnp.asarray(kv_lens)
-    is_pair = isinstance(block_tables, tuple | list)
-    pair = block_tables if is_pair else (block_tables, block_tables)
-    if len(pair) != 2:
-        raise ValueError(f"block_tables: expected an array or a pair, got {len(pair)} arrays")
-    kv_tables = jnp.asarray(pair[0])
-    score_tables = jnp.asarray(pair[1]) if is_pair else kv_tables
-
-    _check("state.kv", kv, floats, "num_pages", "page_size", "S")
-    _check("state.score", score, (kv.dtype.name,), *kv.shape)
+    kv = _array("state.kv", state.kv, floats, "num_pages", "page_size", "S")
+    score = _array("state.score", state.score, (kv.dtype.name,), *kv.shape)
     _, page_size, state_dim = kv.shape
     if page_size < 1:
-        raise ValueError(f"state: expected a page_size of at least 1, got {page_size}")
+        raise ValueError("state: expected a page_size of at least 1, got 0")
     if state_dim < 1 or (overlap and state_dim % 2):
-        raise ValueError(f"state: expected S = 2 D for compress_ratio 4, got {state_dim}")
-    _check("kv_score", kv_score, floats, "B", "next_n", 2 * state_dim)
+        raise ValueError(
+            f"state: expected S = 2 D of overlapping windows, or S = D, got {state_dim}"
+        )
+    kv_score = _array("kv_score", kv_score, floats, "B", "next_n", 2 * state_dim)
     batch, next_n, _ = kv_score.shape
     if next_n < 1:
         raise ValueError("kv_score: expected a next_n of at least 1, got 0")
-    ape = jnp.zeros((0, state_dim), jnp.float32) if ape is None else jnp.asarray(ape)
-    if ape.shape != (0, state_dim):
-        _check("ape", ape, ("float32",), compress_ratio, state_dim)
-    _check("block_tables", kv_tables, i32, batch, "max_pages")
-    _check("block_tables[1]", score_tables, i32, *kv_tables.shape)
-    _check("kv_lens", kv_lens, i32, batch)
-    q_lens = jnp.zeros((0,), jnp.int32) if q_lens is None else jnp.asarray(q_lens)
-    if q_lens.shape != (0,):
-        _check("q_lens", q_lens, i32, batch)
+    if ape is not None:
+        ape = _array("ape", ape, ("float32",), compress_ratio, state_dim)
+    if isinstance(block_tables, tuple | list):
+        if len(block_tables) != 2:
+            raise ValueError(f"block_tables: expected a pair, got {len(block_tables)} arrays")
+        kv_tables = _array("block_tables[0]", block_tables[0], i32, batch, "max_pages")
+        score_tables = _array("block_tables[1]", block_tables[1], i32, *kv_tables.shape)
+    else:
+        kv_tables = score_tables = _array("block_tables", block_tables, i32, batch, "max_pages")
+    kv_lens = _array("kv_lens", kv_lens, i32, batch)
+    if q_lens is not None:
+        q_lens = _array("q_lens", q_lens, i32, batch)
 
     out_dtype = jnp.dtype(out_dtype)
     if implementation != "xla":
@@ -139,6 +140,9 @@ def paged_kv_compress(
         _config.check_compiled(head_dim, compress_ratio, names)
         _ffi.check_available(implementation)
     static = _ffi.Decode(compress_ratio, overlap, out_dtype, implementation, _geometry)
+    # The custom call takes an empty array for none.
+    ape = jnp.zeros((0, state_dim), jnp.float32) if ape is None else ape
+    q_lens = jnp.zeros((0,), jnp.int32) if q_lens is None else q_lens
     new_kv, new_score, kv_comp = _ffi.decode(static)(
         kv, score, kv_score, ape, kv_tables, score_tables, kv_lens, q_lens
     )

@@ -41,6 +41,9 @@ def paged_kv_compress(
     num_pages, page_size, state_dim = kv.shape
     batch, next_n, _ = kv_score.shape
     head_dim = state_dim // 2 if overlap else state_dim
+    num_windows = -(-next_n // ratio)
+    if 0 in (batch, num_pages, kv_tables.shape[1]):  # every row is nowhere, and jnp gathers none
+        return kv, score, jnp.zeros((batch, num_windows, head_dim), out_dtype)
     find = jax.vmap(partial(_find_rows, num_pages=num_pages, page_size=page_size))
 
     n = jnp.clip(q_lens, 0, next_n) if q_lens.size else jnp.full_like(kv_lens, next_n)
@@ -57,7 +60,6 @@ def paged_kv_compress(
     score = score.at[find(score_tables, positions)].set(new_score.astype(score.dtype), mode="drop")
 
     # 2. The windows that this step completes, oldest first.
-    num_windows = -(-next_n // ratio)
     window = jnp.maximum(first_position, 0)[:, None] // ratio
     window += jnp.arange(num_windows, dtype=jnp.int32)
     completed = active[:, None] & (window < kv_lens[:, None] // ratio)

@@ -1,0 +1,295 @@
+"""The only list of shapes and regimes, and the operands of each: for the tests and the benchmarks.
+
+What is compiled comes from ``jax_dsv4._config``; a case adds sizes, and a regime: what is special
+about the operands. Cases that differ in regime only share their shapes, hence a compilation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from jax_dsv4._config import DTYPES, SHAPES, DTypes, overlaps
+
+INT32_MIN, INT32_MAX = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    head_dim: int
+    ratio: int
+    next_n: int
+    dtypes: DTypes
+    regime: str = "boundaries"
+    batch: int = 14
+    page_size: int = 8
+    max_len: int = 0  # the tables hold at least so many rows
+    name: str = ""
+
+    @property
+    def overlap(self) -> bool:
+        return overlaps(self.ratio)
+
+    @property
+    def state_dim(self) -> int:
+        return self.head_dim * (2 if self.overlap else 1)
+
+    @property
+    def num_windows(self) -> int:
+        return -(-self.next_n // self.ratio)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Sequence lengths whose last or first new token lies at a window boundary."""
+        edges = [edge * self.ratio + by for edge in (1, 2) for by in (0, 1, -1)] + [0]
+        return list(dict.fromkeys([*edges, *(edge + self.next_n for edge in edges)]))
+
+    @property
+    def max_pages(self) -> int:
+        return -(-max(self.max_len, *self.lengths) // self.page_size)
+
+    @property
+    def num_pages(self) -> int:
+        return self.batch * self.max_pages + 3
+
+    def __str__(self) -> str:
+        dtypes = ".".join({"bfloat16": "bf16", "float32": "f32"}[dtype] for dtype in self.dtypes)
+        sizes = f"batch{self.batch}-page{self.page_size}"
+        return self.name or (
+            f"hd{self.head_dim}-R{self.ratio}-n{self.next_n}-{dtypes}-{sizes}-{self.regime}"
+        )
+
+
+@dataclasses.dataclass
+class Operands:
+    """In the order of ``oracle.paged_kv_compress``; one table for both: the same array twice."""
+
+    kv_score: np.ndarray
+    ape: np.ndarray | None
+    kv: np.ndarray
+    score: np.ndarray
+    kv_tables: np.ndarray
+    score_tables: np.ndarray
+    kv_lens: np.ndarray
+    q_lens: np.ndarray | None
+
+    def astuple(self) -> tuple[np.ndarray | None, ...]:
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+
+OPERAND_NAMES = tuple(field.name for field in dataclasses.fields(Operands))
+
+
+def make_operands(case: Case, seed: int = 0) -> Operands:
+    """The operands of a case; every row of the pool holds something, whoever it belongs to."""
+    rng = np.random.default_rng([seed, zlib.crc32(str(case).encode())])
+    kv_score_dtype, state_dtype, _ = (jnp.dtype(name) for name in case.dtypes)
+
+    def normal(scale: float, *shape: int) -> np.ndarray:
+        return scale * rng.standard_normal(shape, np.float32)
+
+    def shuffled_tables() -> np.ndarray:
+        pages = rng.permutation(case.num_pages)[: case.batch * case.max_pages]
+        return pages.astype(np.int32).reshape(case.batch, case.max_pages)
+
+    pool = (case.num_pages, case.page_size, case.state_dim)
+    new = (case.batch, case.next_n, case.state_dim)
+    operands = Operands(
+        kv_score=np.concatenate([normal(1, *new), normal(2, *new)], -1).astype(kv_score_dtype),
+        ape=normal(1, case.ratio, case.state_dim),
+        kv=normal(1, *pool).astype(state_dtype),
+        score=normal(2, *pool).astype(state_dtype),
+        kv_tables=shuffled_tables(),
+        score_tables=shuffled_tables(),
+        kv_lens=_cycle(np.roll(case.lengths, -seed * case.batch), case),
+        q_lens=None,
+    )
+    REGIMES[case.regime](case, operands)
+    if operands.q_lens is not None:
+        operands.q_lens = np.roll(operands.q_lens, seed)
+    return operands
+
+
+# ------------------------------------------------------------------------------------ the regimes
+
+
+def _cycle(values: Sequence[int] | np.ndarray, case: Case) -> np.ndarray:
+    return np.resize(values, case.batch).astype(np.int32)
+
+
+def _boundaries(case: Case, x: Operands) -> None:
+    """What every other regime starts from: phases mixed, tables shuffled, one for each array."""
+
+
+def _one_table(case: Case, x: Operands) -> None:
+    x.score_tables = x.kv_tables
+
+
+def _no_ape(case: Case, x: Operands) -> None:
+    x.ape = None
+
+
+def _inactive(case: Case, x: Operands) -> None:
+    x.kv_lens[::3] = np.resize([0, -1, INT32_MIN, -case.ratio], len(x.kv_lens[::3]))
+    x.q_lens = _cycle([0, case.next_n, -1, INT32_MIN, 1], case)
+
+
+def _ragged(case: Case, x: Operands) -> None:
+    n = case.next_n
+    x.q_lens = _cycle([n, 1, n - 1, n + 3, 2, INT32_MAX, 0, -2, INT32_MIN], case)
+
+
+def _short(case: Case, x: Operands) -> None:
+    R, n = case.ratio, case.next_n
+    assert n > R + 1
+    x.kv_lens = _cycle([R, n - 1, R + 1, 1, R - 1, 2], case)
+
+
+def _bad_pages(case: Case, x: Operands) -> None:
+    """Of each request the last pages: of kv, of score, or of both; of some requests all pages."""
+    ids = [-1, case.num_pages, INT32_MIN, INT32_MAX, case.num_pages + 7, -case.num_pages]
+    for b, length in enumerate(x.kv_lens):
+        bad = ids[b % len(ids)]
+        last = max(int(length) - 1, 0) // case.page_size
+        pages = slice(0, None) if b % 7 == 6 else slice(last, last + 1)
+        if b % 3 != 1:
+            x.kv_tables[b, pages] = bad
+        if b % 3 != 0:
+            x.score_tables[b, pages] = bad
+
+
+def _past_table(case: Case, x: Operands) -> None:
+    end, R = case.max_pages * case.page_size, case.ratio
+    straddling = (end // R + 1) * R
+    near = [straddling, straddling + R, end + 1, end + case.next_n, end + R]
+    far = [INT32_MAX, INT32_MAX - 1, INT32_MAX - 3, INT32_MAX - R, INT32_MAX - R + 1, 1 << 30]
+    x.kv_lens = _cycle([*near, *far], case)
+
+
+def _minus_inf(case: Case, x: Operands) -> None:
+    """Of every third request all old rows, of every second all new rows, of the others one row."""
+    new_scores = x.kv_score[..., case.state_dim :]
+    new_scores[::2] = -np.inf
+    new_scores[1::2, 0] = -np.inf
+    x.score[x.score_tables[::3]] = -np.inf
+    x.score[x.score_tables[1::3], 0] = -np.inf
+
+
+def _fresh(case: Case, x: Operands) -> None:
+    x.kv[...] = 0
+    x.score[...] = -np.inf
+
+
+NON_FINITE_COLUMNS = {"new kv": -1, "new score": -4, "NaN new score": -6, "kv": -9, "score": -14}
+
+
+def _non_finite(case: Case, x: Operands) -> None:
+    """Single columns; negative ones are of the half that the window itself uses."""
+    columns = NON_FINITE_COLUMNS
+    new_kv, new_score = np.split(x.kv_score, 2, axis=-1)
+    new_kv[..., columns["new kv"]] = np.nan
+    new_score[..., columns["new score"]] = np.inf
+    new_score[..., columns["NaN new score"]] = np.nan
+    x.kv[..., columns["kv"]] = np.inf
+    x.score[..., columns["score"]] = np.nan
+
+
+def _large_scores(case: Case, x: Operands) -> None:
+    """exp() of the even columns would overflow, of the odd ones all underflow."""
+    offset = np.where(np.arange(case.state_dim) % 2, -1e4, 1e4).astype(np.float32)
+    for scores in (x.kv_score[..., case.state_dim :], x.score):
+        scores[...] = scores.astype(np.float32) + offset
+
+
+def _ties(case: Case, x: Operands) -> None:
+    """f32 values with one bit more than bf16 holds: half of them lie between two bf16 values."""
+    x.ape = np.zeros_like(x.ape)
+    bits = x.kv_score.astype(np.float32).view(np.uint32) & np.uint32(0xFFFF8000)
+    x.kv_score = bits.view(np.float32).astype(x.kv_score.dtype)
+
+
+def _shared_prefix(case: Case, x: Operands) -> None:
+    """All requests share their first pages, which none of them writes."""
+    num_shared = max(1, case.ratio // case.page_size)
+    for tables in (x.kv_tables, x.score_tables):
+        tables[:, :num_shared] = tables[0, :num_shared]
+    x.kv_lens = np.maximum(x.kv_lens, num_shared * case.page_size + case.next_n).astype(np.int32)
+
+
+REGIMES: dict[str, Callable[[Case, Operands], None]] = {
+    "boundaries": _boundaries,
+    "one_table": _one_table,
+    "no_ape": _no_ape,
+    "inactive": _inactive,
+    "ragged": _ragged,
+    "short": _short,
+    "bad_pages": _bad_pages,
+    "past_table": _past_table,
+    "minus_inf": _minus_inf,
+    "fresh": _fresh,
+    "non_finite": _non_finite,
+    "large_scores": _large_scores,
+    "ties": _ties,
+    "shared_prefix": _shared_prefix,
+}
+
+# --------------------------------------------------------------------------------------- the list
+
+BF16_IN_F32_STATE = DTypes("bfloat16", "float32", "float32")
+F32_IN_BF16_STATE = DTypes("float32", "bfloat16", "float32")
+SMALL_SHAPES = tuple(shape for shape in SHAPES if shape.head_dim == 128)
+
+MTP = (
+    Case(128, 4, 4, BF16_IN_F32_STATE, name="overlap hd128 next_n 4"),
+    Case(512, 4, 3, BF16_IN_F32_STATE, name="overlap hd512 next_n 3"),
+    Case(128, 128, 4, BF16_IN_F32_STATE, batch=2, name="hd128 R 128, batch 2, next_n 4"),
+    Case(512, 128, 4, BF16_IN_F32_STATE, name="hd512 R 128, next_n 4"),
+)
+CONFIGURATIONS = tuple(
+    Case(shape.head_dim, shape.compress_ratio, 2, dtypes) for shape in SHAPES for dtypes in DTYPES
+)
+NEXT_N = tuple(
+    Case(shape.head_dim, shape.compress_ratio, next_n, BF16_IN_F32_STATE)
+    for shape in SMALL_SHAPES
+    for next_n in (1, 2, 3, 4, 5, 6, 7, 8, 11, 129)
+)
+PAGE_SIZES = tuple(
+    Case(shape.head_dim, shape.compress_ratio, 3, F32_IN_BF16_STATE, page_size=page_size)
+    for shape in SMALL_SHAPES
+    for page_size in (1, 4, 8, 32, 100, 128, 256)
+)
+IN_REGIMES = tuple(
+    Case(
+        shape.head_dim,
+        shape.compress_ratio,
+        shape.compress_ratio + 5 if regime == "short" else 4,
+        F32_IN_BF16_STATE if shape.head_dim == 128 else BF16_IN_F32_STATE,
+        regime,
+    )
+    for shape in SHAPES
+    for regime in REGIMES
+)
+RANDOM = tuple(  # sizes for operands that are drawn
+    Case(shape.head_dim, shape.compress_ratio, 3, BF16_IN_F32_STATE, batch=3, page_size=page_size)
+    for shape, page_size in zip(SMALL_SHAPES, (3, 50), strict=True)
+)
+REWIND = tuple(  # sizes for runs of many steps
+    Case(
+        shape.head_dim,
+        shape.compress_ratio,
+        4,
+        BF16_IN_F32_STATE,
+        batch=4,
+        page_size=12,
+        max_len=100,
+    )
+    for shape in SMALL_SHAPES
+)
+MAPPED = Case(128, 4, 3, F32_IN_BF16_STATE, "ragged", 3)
+MAPPED_BARE = Case(128, 4, 3, F32_IN_BF16_STATE, "no_ape", 3)
+DONATED = Case(128, 4, 2, BF16_IN_F32_STATE, batch=4, page_size=32, max_len=512)
+ALL = tuple(dict.fromkeys([*MTP, *CONFIGURATIONS, *NEXT_N, *PAGE_SIZES, *IN_REGIMES]))

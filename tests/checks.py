@@ -1,0 +1,122 @@
+"""How a step is run and its results are compared."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+from cases import Case, Operands
+
+from jax_dsv4 import CompressorState, paged_kv_compress
+
+
+class Results(NamedTuple):
+    kv: np.ndarray
+    score: np.ndarray
+    kv_comp: np.ndarray
+
+
+STATE = (2, 3)  # the operands that are the state
+
+
+@functools.cache
+def step(compress_ratio: int, out_dtype: str, implementation: str | None) -> Callable[..., Results]:
+    """``paged_kv_compress`` from ``Operands``, as a tuple, to ``Results``."""
+
+    def step(kv_score, ape, kv, score, kv_tables, score_tables, kv_lens, q_lens):
+        kv_comp, state = paged_kv_compress(
+            kv_score,
+            ape,
+            CompressorState(kv, score),
+            kv_tables if score_tables is None else (kv_tables, score_tables),
+            kv_lens,
+            q_lens=q_lens,
+            compress_ratio=compress_ratio,
+            out_dtype=out_dtype,
+            implementation=implementation,
+        )
+        return Results(state.kv, state.score, kv_comp)
+
+    return step
+
+
+def step_of(case: Case, implementation: str | None = None) -> Callable[..., Results]:
+    return step(case.ratio, case.dtypes.out, implementation)
+
+
+@functools.cache
+def donating(step: Callable[..., Results]) -> Callable[..., Results]:
+    return jax.jit(step, donate_argnums=STATE)
+
+
+def arguments(operands: Operands, device: jax.Device) -> list[jax.Array | None]:
+    """Of a ``step``. Copies: a donated array must not be a view of NumPy's memory."""
+    kv_score, ape, kv, score, kv_tables, score_tables, *lens = operands.astuple()
+    if score_tables is kv_tables:
+        score_tables = None
+    arrays = (kv_score, ape, kv, score, kv_tables, score_tables, *lens)
+    return [None if x is None else jnp.array(x, device=device) for x in arrays]
+
+
+def run(case: Case, operands: Operands, implementation: str, device: jax.Device) -> Results:
+    """One jitted step with donated state."""
+    arrays = arguments(operands, device)
+    poison((case.batch, case.num_windows, case.head_dim), case.dtypes.out, device)
+    results = donating(step_of(case, implementation))(*arrays)
+    return Results(*(np.asarray(array) for array in results))
+
+
+def poison(shape: tuple[int, ...], dtype: str, device: jax.Device) -> None:
+    """Leave NaN in the memory that the next result of this size is likely to get."""
+    jax.block_until_ready(jnp.array(np.full(shape, np.nan, dtype), device=device)).delete()
+
+
+def expected_results(case: Case, operands: Operands) -> Results:
+    """In float64."""
+    return Results(
+        *oracle.paged_kv_compress(*operands.astuple(), ratio=case.ratio, overlap=case.overlap)
+    )
+
+
+def bits(x: np.ndarray) -> np.ndarray:
+    """As integers; a NaN is a NaN, for processors differ in the payload they give it."""
+    x = np.where(np.isnan(x), np.array(np.nan, x.dtype), x)
+    return x.view({2: np.uint16, 4: np.uint32}[x.dtype.itemsize])
+
+
+def check_same_bits(got: np.ndarray, want: np.ndarray) -> None:
+    assert got.dtype == want.dtype
+    np.testing.assert_array_equal(bits(got), bits(want))
+
+
+def check_close(kv_comp: np.ndarray, want: np.ndarray) -> None:
+    """Within 1e-5 (floor 0.1) of ``want``, or for bf16 within one ulp of ``want`` rounded.
+
+    Exact where ``want`` is 0, and not finite exactly where ``want`` is not.
+    """
+    got, want = kv_comp.astype(np.float64), want.astype(np.float64)
+    finite = np.isfinite(want)
+    np.testing.assert_array_equal(np.isfinite(got), finite)
+    got, want = got[finite], want[finite]
+    np.testing.assert_array_equal(got[want == 0], 0)
+    allowed = 1e-5 * np.maximum(np.abs(want), 0.1)
+    if kv_comp.dtype != np.float32:
+        want = want.astype(kv_comp.dtype)
+        allowed = np.maximum(np.spacing(np.abs(want)).astype(np.float64), 1e-6)
+    error = np.abs(got - want.astype(np.float64))
+    worst = np.argmax(error / allowed) if error.size else None
+    assert np.all(error <= allowed), (
+        f"off by {error[worst]} where {allowed[worst]} is allowed: got {got[worst]}, "
+        f"expected {want[worst]}; {np.sum(error > allowed)} of {error.size} values"
+    )
+
+
+def check_results(got: Results, want: Results) -> None:
+    check_same_bits(got.kv, want.kv)
+    check_same_bits(got.score, want.score)
+    check_close(got.kv_comp, want.kv_comp)

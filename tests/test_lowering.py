@@ -1,0 +1,91 @@
+"""What the operation becomes on each platform, on a machine that has none of them."""
+
+import re
+
+import cases
+import jax
+import pytest
+from checks import STATE, step, step_of
+
+from jax_dsv4 import _ffi
+
+CASE = cases.MAPPED
+
+
+def lowered_text(step, *platforms, in_axes=None):
+    arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cases.make_operands(CASE).astuple()]
+    if in_axes is not None:
+        arrays = [
+            x if axis is None else jax.ShapeDtypeStruct((3, *x.shape), x.dtype)
+            for x, axis in zip(arrays, in_axes, strict=True)
+        ]
+    jitted = jax.jit(step, donate_argnums=STATE)
+    return jitted.trace(*arrays).lower(lowering_platforms=platforms).as_text()
+
+
+def calls(text):
+    return [line for line in text.splitlines() if f"custom_call @{_ffi.TARGET_NAME}" in line]
+
+
+@pytest.mark.parametrize("platform", ("cpu", "cuda"))
+def test_the_call_names_its_attributes_and_aliases(platform):
+    (call,) = calls(lowered_text(step_of(CASE, "ffi"), platform))
+    kv_score, state, out = ({"bfloat16": 16, "float32": 11}[dtype] for dtype in CASE.dtypes)
+    for attribute in (
+        f"next_n = {CASE.next_n} : i64",
+        f"compress_ratio = {CASE.ratio} : i64",
+        f"kv_score_dtype = {kv_score} : ui8",
+        f"state_dtype = {state} : ui8",
+        f"out_dtype = {out} : ui8",
+    ):
+        assert attribute in call
+    aliases = re.findall(r"output_tuple_indices = \[(\d)\], operand_index = (\d)", call)
+    assert aliases == [("0", "0"), ("1", "1")]
+
+
+def test_the_donated_state_is_aliased_by_the_program():
+    text = lowered_text(step_of(CASE, "ffi"), "cuda")
+    assert set(re.findall(r"%arg(\d+): [^%]*tf.aliasing_output", text)) == {str(i) for i in STATE}
+
+
+def test_a_vmapped_operation_is_one_call_with_a_group_dimension():
+    in_axes = (0, None, 0, 0, None, None, 0, None)
+    text = lowered_text(jax.vmap(step_of(CASE, "ffi"), in_axes), "cuda", in_axes=in_axes)
+    (call,) = calls(text)
+    pool = f"tensor<3x{CASE.num_pages}x{CASE.page_size}x{CASE.state_dim}xbf16>"
+    assert call.count(pool) == 4  # in and out
+    assert f"tensor<1x{CASE.ratio}x{CASE.state_dim}xf32>" in call  # ape, shared by the groups
+
+
+@pytest.mark.parametrize("platform", ("tpu", "rocm"))
+def test_platforms_without_a_kernel_get_the_reference(platform):
+    text = lowered_text(step_of(CASE), platform)
+    assert not calls(text)
+    assert "stablehlo.scatter" in text
+
+
+@pytest.mark.parametrize("platform", ("cpu", "cuda"))
+def test_the_reference_can_be_asked_for(platform):
+    assert not calls(lowered_text(step_of(CASE, "xla"), platform))
+
+
+@pytest.mark.parametrize("has_cuda", (True, False))
+def test_cuda_gets_the_kernel_where_it_was_built(has_cuda, monkeypatch):
+    monkeypatch.setattr(_ffi, "HAS_CUDA", has_cuda)
+    _ffi.decode.cache_clear()
+    never_traced = step.__wrapped__(CASE.ratio, CASE.dtypes.out, None)
+    text = lowered_text(never_traced, "cuda")
+    _ffi.decode.cache_clear()
+    assert len(calls(text)) == has_cuda
+
+
+@pytest.mark.parametrize("platform", ("tpu", "rocm"))
+def test_asking_for_the_kernel_where_there_is_none_raises(platform):
+    with pytest.raises(NotImplementedError, match=platform):
+        lowered_text(step_of(CASE, "ffi"), platform)
+
+
+def test_one_program_can_serve_several_platforms():
+    text = lowered_text(step_of(CASE), "cpu", "tpu")
+    assert len(calls(text)) == 1
+    assert "stablehlo.scatter" in text

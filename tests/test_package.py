@@ -1,0 +1,143 @@
+"""Importing the package, its small helpers, and its README."""
+
+import itertools
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import readme
+from cases import INT32_MAX, INT32_MIN
+
+import jax_dsv4
+from jax_dsv4 import CompressorState, _config, _cpu, _ffi, init_state, num_compressed
+
+
+def python(code, folder, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+# Without the hook of `pip install -e .`, which would find the real package first.
+IN_THIS_FOLDER = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if "Redirecting" not in type(f).__name__]
+sys.path.insert(0, "")
+import jax_dsv4
+"""
+
+
+@pytest.fixture
+def source_folder(tmp_path):
+    """A folder with the package's Python files, and no compiled module."""
+    (tmp_path / "jax_dsv4").mkdir()
+    for file in pathlib.Path(jax_dsv4.__file__).parent.glob("*.py"):
+        shutil.copy(file, tmp_path / "jax_dsv4")
+    return tmp_path
+
+
+def test_importing_starts_no_backend(tmp_path):
+    code = "import jax, jax_dsv4; print('imported'); jax.devices()"
+    result = python(code, tmp_path, JAX_PLATFORMS="none_such")
+    assert result.stdout == "imported\n", result.stderr
+    assert result.returncode != 0
+    assert "none_such" in result.stderr
+
+
+def test_importing_without_compiled_modules_says_what_to_do(source_folder):
+    result = python(IN_THIS_FOLDER, source_folder)
+    assert result.returncode != 0
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("ImportError: jax_dsv4 was imported from a folder without its")
+    assert str(source_folder / "jax_dsv4") in message
+    assert "pip install -e ." in message
+
+
+@pytest.mark.parametrize("broken", ("_cpu", "_cuda"))
+def test_a_broken_compiled_module_is_not_taken_for_a_missing_one(broken, source_folder):
+    shutil.copy(find_spec("jax_dsv4._cpu").origin, source_folder / "jax_dsv4")
+    assert python(IN_THIS_FOLDER, source_folder).returncode == 0
+    for module in (source_folder / "jax_dsv4").glob(f"{broken}.*"):
+        module.unlink()
+    (source_folder / "jax_dsv4" / f"{broken}.py").write_text("raise ImportError('no libfoo')")
+    result = python(IN_THIS_FOLDER, source_folder)
+    assert result.stderr.strip().endswith("ImportError: no libfoo")
+
+
+def test_the_built_module_fits_the_running_jaxlib():
+    assert _ffi._running_ffi_version() >= _cpu.FFI_VERSION
+
+
+@pytest.mark.parametrize("built", [(0, 10_000), (10_000, 0)])
+def test_a_module_built_for_a_newer_ffi_is_refused_before_it_is_registered(built, monkeypatch):
+    monkeypatch.setattr(_cpu, "FFI_VERSION", built)
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *_, **__: pytest.fail("registered"))
+    with pytest.raises(ImportError, match=rf"XLA FFI {built[0]}\.{built[1]}.*upgrade jax") as error:
+        _ffi._load("_cpu", "cpu")
+    assert "{}.{}".format(*_ffi._running_ffi_version()) in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float32))
+@pytest.mark.parametrize(
+    "shape", _config.SHAPES, ids=lambda shape: f"hd{shape.head_dim}-R{shape.compress_ratio}"
+)
+def test_an_initial_state_weighs_nothing(shape, dtype):
+    state = init_state(
+        3, 8, head_dim=shape.head_dim, compress_ratio=shape.compress_ratio, dtype=dtype
+    )
+    width = shape.head_dim * (2 if shape.overlap else 1)
+    for array, value in ((state.kv, 0), (state.score, -np.inf)):
+        assert (array.shape, array.dtype) == ((3, 8, width), dtype)
+        np.testing.assert_array_equal(np.asarray(array, np.float32), value)
+    assert state.format == "raw"
+
+
+def test_a_state_is_a_pytree_with_a_static_format():
+    state = init_state(1, 2, head_dim=8, compress_ratio=4)
+    assert [leaf.shape for leaf in jax.tree.leaves(state)] == [(1, 2, 16)] * 2
+    doubled = jax.tree.map(lambda x: x + x, state)
+    assert isinstance(doubled, CompressorState)
+    other = CompressorState(state.kv, state.score, "another")
+    assert jax.tree.structure(other) != jax.tree.structure(state)
+    assert jax.jit(lambda x: x)(other).format == "another"
+
+
+@pytest.mark.parametrize("ratio", sorted({shape.compress_ratio for shape in _config.SHAPES}))
+@pytest.mark.parametrize("with_q_lens", (False, True))
+@pytest.mark.parametrize("next_n", (1, 4, 129))
+def test_num_compressed_counts_the_windows_that_end_in_the_new_tokens(ratio, with_q_lens, next_n):
+    around = [edge + by for edge in (0, ratio, 2 * ratio, 5 * ratio) for by in range(-2, 3)]
+    lengths = [*around, INT32_MIN, INT32_MAX, INT32_MAX - ratio]
+    q_lens = [INT32_MIN, -1, 0, 1, next_n - 1, next_n, next_n + 1, INT32_MAX]
+    pairs = list(itertools.product(lengths, q_lens if with_q_lens else [next_n]))
+    want = [
+        sum((p + 1) % ratio == 0 for p in range(max(length - min(n, next_n), 0), length))
+        for length, n in pairs
+    ]
+    kv_lens, q_lens = np.array(pairs, np.int32).T
+    got = num_compressed(
+        kv_lens, compress_ratio=ratio, next_n=next_n, q_lens=q_lens if with_q_lens else None
+    )
+    assert got.dtype == jnp.int32
+    np.testing.assert_array_equal(got, want)
+
+
+def test_the_readme_lists_the_compiled_configurations():
+    expected = readme.support_matrix()
+    matrix = readme.matrix_in(readme.PATH.read_text())
+    assert matrix == expected, (
+        f"expected in README.md, between {readme.BEGIN} and {readme.END} "
+        f"(python tests/readme.py writes it there):\n\n{expected}\n"
+    )
