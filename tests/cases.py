@@ -292,4 +292,14 @@ REWIND = tuple(  # sizes for runs of many steps
 MAPPED = Case(128, 4, 3, F32_IN_BF16_STATE, "ragged", 3)
 MAPPED_BARE = Case(128, 4, 3, F32_IN_BF16_STATE, "no_ape", 3)
 DONATED = Case(128, 4, 2, BF16_IN_F32_STATE, batch=4, page_size=32, max_len=512)
+GEOMETRIES = tuple(  # what a call can be told to use, in every configuration and where it is hard
+    (case, index)
+    for case in [*CONFIGURATIONS, *IN_REGIMES]
+    for shape in SHAPES
+    if (shape.head_dim, shape.compress_ratio) == (case.head_dim, case.ratio)
+    for index in range(len(shape.geometries))
+    if case in CONFIGURATIONS or case.regime in ("bad_pages", "past_table", "ragged", "short")
+    # The baselines, one row at a time, serve no step of more than one window.
+    if case.num_windows == 1 or shape.geometries[index].rows_per_step > 1 or case.ratio == 4
+)
 ALL = tuple(dict.fromkeys([*MTP, *CONFIGURATIONS, *NEXT_N, *PAGE_SIZES, *IN_REGIMES]))

@@ -25,7 +25,9 @@ STATE = (2, 3)  # the operands that are the state
 
 
 @functools.cache
-def step(compress_ratio: int, out_dtype: str, implementation: str | None) -> Callable[..., Results]:
+def step(
+    compress_ratio: int, out_dtype: str, implementation: str | None, geometry: int
+) -> Callable[..., Results]:
     """``paged_kv_compress`` from ``Operands``, as a tuple, to ``Results``."""
 
     def step(kv_score, ape, kv, score, kv_tables, score_tables, kv_lens, q_lens):
@@ -39,14 +41,17 @@ def step(compress_ratio: int, out_dtype: str, implementation: str | None) -> Cal
             compress_ratio=compress_ratio,
             out_dtype=out_dtype,
             implementation=implementation,
+            _geometry=geometry,
         )
         return Results(state.kv, state.score, kv_comp)
 
     return step
 
 
-def step_of(case: Case, implementation: str | None = None) -> Callable[..., Results]:
-    return step(case.ratio, case.dtypes.out, implementation)
+def step_of(
+    case: Case, implementation: str | None = None, geometry: int = -1
+) -> Callable[..., Results]:
+    return step(case.ratio, case.dtypes.out, implementation, geometry)
 
 
 @functools.cache
@@ -63,11 +68,13 @@ def arguments(operands: Operands, device: jax.Device) -> list[jax.Array | None]:
     return [None if x is None else jnp.array(x, device=device) for x in arrays]
 
 
-def run(case: Case, operands: Operands, implementation: str, device: jax.Device) -> Results:
+def run(
+    case: Case, operands: Operands, implementation: str, device: jax.Device, geometry: int = -1
+) -> Results:
     """One jitted step with donated state."""
     arrays = arguments(operands, device)
     poison((case.batch, case.num_windows, case.head_dim), case.dtypes.out, device)
-    results = donating(step_of(case, implementation))(*arrays)
+    results = donating(step_of(case, implementation, geometry))(*arrays)
     return Results(*(np.asarray(array) for array in results))
 
 

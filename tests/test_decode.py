@@ -37,6 +37,14 @@ def test_reference_agrees_with_float64_and_the_kernel_with_both(case, device):
     assert np.any(expected.kv_comp), "the case completes no window"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("case", "geometry"), cases.GEOMETRIES, ids=str)
+def test_every_geometry_agrees_with_float64(case, geometry, gpu):
+    operands = cases.make_operands(case)
+    kernel = run(case, operands, "ffi", gpu, geometry)
+    check_results(kernel, expected_results(case, operands))
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", [c for c in cases.ALL if c.regime == "non_finite"], ids=str)
 def test_non_finite_inputs_stay_in_their_channels(case, implementation, device):
