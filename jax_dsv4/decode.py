@@ -122,7 +122,7 @@ def paged_kv_compress(
         raise ValueError("kv_score: expected a next_n of at least 1, got 0")
     if ape is not None:
         ape = _array("ape", ape, ("float32",), compress_ratio, state_dim)
-    if isinstance(block_tables, tuple | list):
+    if isinstance(block_tables, tuple):
         if len(block_tables) != 2:
             raise ValueError(f"block_tables: expected a pair, got {len(block_tables)} arrays")
         kv_tables = _array("block_tables[0]", block_tables[0], i32, batch, "max_pages")

@@ -84,7 +84,13 @@ def num_compressed(
 
     Returns:
       ``[B]`` i32, each between 0 and ``ceil(next_n / R)``; 0 for an inactive request.
+
+    Raises:
+      ValueError: for a ratio that no compressor has, or a ``next_n`` below 1.
     """
+    _config.overlaps(compress_ratio)
+    if next_n < 1:
+        raise ValueError(f"next_n: expected at least 1, got {next_n}")
     kv_lens = jnp.asarray(kv_lens, jnp.int32)
     n = jnp.int32(next_n) if q_lens is None else jnp.minimum(jnp.asarray(q_lens, jnp.int32), next_n)
     active = (kv_lens > 0) & (n > 0)

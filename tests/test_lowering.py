@@ -69,13 +69,20 @@ def test_the_reference_can_be_asked_for(platform):
     assert not calls(lowered_text(step_of(CASE, "xla"), platform))
 
 
-@pytest.mark.parametrize("has_cuda", (True, False))
-def test_cuda_gets_the_kernel_where_it_was_built(has_cuda, monkeypatch):
-    monkeypatch.setattr(_ffi, "HAS_CUDA", has_cuda)
-    for cached in (_ffi.decode, step):  # so that nothing was traced before
+@pytest.fixture
+def nothing_traced():
+    """Before the test, and after it: what is traced depends on ``HAS_CUDA``."""
+    for cached in (_ffi.decode, step):
         cached.cache_clear()
+    yield
+    for cached in (_ffi.decode, step):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("has_cuda", (True, False))
+def test_cuda_gets_the_kernel_where_it_was_built(has_cuda, monkeypatch, nothing_traced):
+    monkeypatch.setattr(_ffi, "HAS_CUDA", has_cuda)
     text = lowered_text(step_of(CASE), "cuda")
-    _ffi.decode.cache_clear()
     assert len(calls(text)) == has_cuda
 
 

@@ -134,6 +134,18 @@ def test_num_compressed_counts_the_windows_that_end_in_the_new_tokens(ratio, wit
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize(
+    ("static", "name"),
+    [
+        ({"compress_ratio": 0, "next_n": 1}, "compress_ratio"),
+        ({"compress_ratio": 4, "next_n": 0}, "next_n"),
+    ],
+)
+def test_num_compressed_refuses_what_no_step_can_be(static, name):
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        num_compressed(np.ones(3, np.int32), **static)
+
+
 def test_the_readme_lists_the_compiled_configurations():
     expected = readme.support_matrix()
     matrix = readme.matrix_in(readme.PATH.read_text())
