@@ -2,11 +2,12 @@
 
     python benchmarks/decode.py [--geometries] [--reference] [--out results.jsonl]
 
-One program makes ``calls`` calls in a row on one donated state, each on pages of its own, so that
-every call finds its state outside the L2 cache (cold). A loop around them has a trip count known
-only at run time; the time per call is the difference between many trips and few, over the calls in
-between: no launch from Python, no dispatch of arguments is in it. The kernels' own launches are:
-XLA runs the calls of a trip as one CUDA graph.
+One program makes many calls in a row on one donated state, each on pages of its own, so that every
+call finds its state outside the L2 cache (cold). ``cycle_mib`` says how much is moved between two
+uses of a page: calls that move little may stay within an L2, and their figures are warm. A loop
+around the calls has a trip count known only at run time; the time per call is the difference
+between many trips and few, over the calls in between: no launch from Python and no dispatch of
+arguments is in it. The kernels' own launches are: XLA runs the calls of a trip as one CUDA graph.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_dsv4 import CompressorState, _config, paged_kv_compress
+from jax_dsv4 import CompressorState, _config
+from jax_dsv4.decode import with_geometry
 
 PAGE_SIZE = 32
 POOL_BYTES = 1 << 30
-COLD_BYTES = 256 << 20  # between two uses of a page, several times any L2
+COLD_BYTES = 256 << 20  # aimed at between two uses of a page: several times an L2
+MAX_CALLS = 512  # in a program, for it to compile in seconds
 REGIMES = ("all emit", "distributed", "no hit")
 
 
@@ -53,11 +56,6 @@ class Point:
         return self.head_dim * (2 if self.overlap else 1)
 
     @property
-    def row_bytes(self) -> int:
-        """Of one row of both arrays."""
-        return 2 * self.state_dim * jnp.dtype(self.state).itemsize
-
-    @property
     def last(self) -> int:
         """The length at which a window is complete, and the longest of any request."""
         return self.ratio * (2 if self.overlap else 1)
@@ -70,21 +68,26 @@ class Point:
             case "all emit":
                 lens = np.full(self.batch, last)
             case "distributed":  # phases next_n apart
-                lens = last - self.next_n * (request % (self.ratio // self.next_n))
+                lens = last - self.next_n * (request % max(1, self.ratio // self.next_n))
             case "no hit":
                 lens = np.full(self.batch, last - 1)
         return lens.astype(np.int32)
 
     def bytes_moved(self) -> int:
-        """State read and written, new rows and results; a record reads R rows of S channels."""
-        lens = self.kv_lens()
-        windows = int((lens // self.ratio - (lens - self.next_n) // self.ratio).sum())
+        """Stored rows read, rows written, and the operands and results that are not state."""
+        row = 2 * self.state_dim * jnp.dtype(self.state).itemsize
+        stored_rows = 0.0  # in units of a row of S channels: half of one where windows overlap
+        for length in map(int, self.kv_lens()):
+            first_new = max(length - self.next_n, 0)
+            for window in range(first_new // self.ratio, length // self.ratio):
+                begin, end = window * self.ratio, (window + 1) * self.ratio
+                reduced = max(begin - self.overlap * self.ratio, 0)
+                stored_rows += max(min(end, first_new) - reduced, 0) / (1 + self.overlap)
         new_rows = self.batch * self.next_n
-        read = windows * self.ratio * self.row_bytes
-        written = new_rows * self.row_bytes
         kv_score = new_rows * 2 * self.state_dim * jnp.dtype(self.kv_score).itemsize
-        kv_comp = self.batch * self.head_dim * jnp.dtype(self.out).itemsize
-        return read + written + kv_score + kv_comp
+        windows = self.batch * -(-self.next_n // self.ratio)
+        kv_comp = windows * self.head_dim * jnp.dtype(self.out).itemsize
+        return int((stored_rows + new_rows) * row) + kv_score + kv_comp
 
 
 def make_program(point: Point, calls: int, num_tables: int, implementation: str, geometry: int):
@@ -93,7 +96,7 @@ def make_program(point: Point, calls: int, num_tables: int, implementation: str,
     def trip(_, carry, tables, kv_score, ape, kv_lens):
         state, _ = carry
         for i in range(calls):
-            kv_comp, state = paged_kv_compress(
+            kv_comp, state = with_geometry(
                 kv_score,
                 ape,
                 state,
@@ -102,7 +105,7 @@ def make_program(point: Point, calls: int, num_tables: int, implementation: str,
                 compress_ratio=point.ratio,
                 out_dtype=point.out,
                 implementation=implementation,
-                _geometry=geometry,
+                geometry=geometry,
             )
         return state, kv_comp  # the last call's; the others are kept by the state they update
 
@@ -117,12 +120,13 @@ def make_program(point: Point, calls: int, num_tables: int, implementation: str,
 
 
 def measure(point: Point, implementation: str = "ffi", geometry: int = -1, seconds: float = 0.03):
-    """Microseconds per call, cold, median of 5."""
+    """Microseconds per call, median of 5; and bytes moved between two uses of a page."""
     rng = np.random.default_rng(0)
     pages_each = -(-point.last // PAGE_SIZE)
-    num_pages = max(POOL_BYTES // (PAGE_SIZE * point.row_bytes), point.batch * pages_each)
+    page_bytes = 2 * PAGE_SIZE * point.state_dim * jnp.dtype(point.state).itemsize
+    num_pages = max(POOL_BYTES // page_bytes, point.batch * pages_each)
     num_tables = num_pages // (point.batch * pages_each)
-    calls = int(np.clip(COLD_BYTES // point.bytes_moved(), 64, 512))
+    calls = int(np.clip(COLD_BYTES // point.bytes_moved(), 64, MAX_CALLS))
     if implementation == "xla":
         calls = 16  # compiles slowly; its temporaries flush the cache
     num_tables = min(num_tables, calls)
@@ -156,7 +160,7 @@ def measure(point: Point, implementation: str = "ffi", geometry: int = -1, secon
     once = max((run(few + 3) - run(few)) / 3, 1e-5)
     many = few + max(2, int(seconds / once))
     times = [(run(many) - run(few)) / ((many - few) * calls) for _ in range(5)]
-    return statistics.median(times) * 1e6, calls
+    return statistics.median(times) * 1e6, num_tables * point.bytes_moved()
 
 
 def read_ceiling() -> float:
@@ -193,7 +197,11 @@ def variants_of(point: Point, geometries: bool, reference: bool) -> list[tuple[s
     if geometries:
         shape = (point.head_dim, point.ratio)
         (found,) = (s.geometries for s in _config.SHAPES if (s.head_dim, s.compress_ratio) == shape)
-        variants += [("/".join(str(int(x)) for x in g), "ffi", i) for i, g in enumerate(found)]
+        for index, geometry in enumerate(found):
+            name = "/".join(str(int(x)) for x in geometry[:4])
+            if geometry.baseline:
+                name = f"row at a time, {geometry.warps} warps"
+            variants.append((name, "ffi", index))
     if reference:
         variants.append(("jnp", "xla", -1))
     return variants
@@ -221,13 +229,13 @@ def main() -> None:
             for name, implementation, geometry in variants_of(
                 point, args.geometries, args.reference
             ):
-                us, calls = measure(point, implementation, geometry)
+                us, cycle_bytes = measure(point, implementation, geometry)
                 gb_s = point.bytes_moved() / us / 1e3
                 record = dataclasses.asdict(point) | {
                     "variant": name,
                     "us": round(us, 3),
                     "percent_of_read_ceiling": round(100 * gb_s / info["read_ceiling_gb_s"], 1),
-                    "calls": calls,
+                    "cycle_mib": cycle_bytes >> 20,
                 }
                 out.write(json.dumps(record | info) + "\n")
                 cells.append(f"{name} {us:.2f}")

@@ -102,7 +102,7 @@ template <>
 struct GeometriesOf<128> {
   using List = TypeList<Geometry<8, 8, 4, false>, Geometry<4, 16, 4, true>,  //
                         RowAtATime<1>, RowAtATime<4>>;
-  static constexpr int64_t kFewChannels = 16 * 512;
+  static constexpr int64_t kFewChannels = 32 * 512;
 };
 
 // ------------------------------------------------------------------------------------ walking it

@@ -2,16 +2,15 @@
 //
 // Grid: x = requests x column slices, (y, z) = windows. A CTA owns one window of one request over
 // one slice of kColumns channels, of both halves where windows overlap. It
-//   1. stores its share of the new tokens' rows (rows m R ... m R + R - 1 of the step for window
-//   m),
+//   1. stores its share of the new tokens' rows (for window m of the step, R rows from row m R),
 //   2. counts the windows that the step completes; if its own is not among them, stores zeros,
 //   3. reduces the window: value[d] = sum_i softmax_i(score[i, d]) kv[i, d] over its stored rows.
 // Bytes: 2 kReducedRows D per completed window and 4 S per new row (half of it read), elements.
 //
-// Every lane holds 16 bytes of a row. Lanes across a slice times rows abreast fill a warp. A warp
-// first finds where all its rows are, then loads them with nothing but the loads in the way: it
-// pays the chain kv_len -> page -> row once. New rows are taken from kv_score, rounded as they are
-// stored, so the reduction waits for no store. One exp per element.
+// Every lane holds 16 bytes of a state row. Lanes across a slice times rows abreast fill a warp. A
+// warp first finds where all its rows are, then loads them with nothing but the loads in the way:
+// it pays the chain kv_len -> page -> row once. New rows are taken from kv_score, rounded as they
+// are stored, so the reduction waits for no store. One exp per element.
 
 #pragma once
 
@@ -83,11 +82,6 @@ __device__ __forceinline__ float exp_fast(float x) {
   return result;
 }
 
-constexpr float kNegInf = -__builtin_huge_valf();
-
-// A maximum to subtract: with nothing but -inf below it, every weight is exp(-inf) = 0, not NaN.
-__device__ __forceinline__ float finite_or_zero(float max) { return max == kNegInf ? 0.0f : max; }
-
 // A softmax-weighted sum over some of the rows, per channel, relative to their own maximum.
 template <int kSize>
 struct Partial {
@@ -143,7 +137,12 @@ struct NewRow {
 template <class Config, int kSize>
 __device__ __forceinline__ Vector<float, kSize> load_bias(const Request<Config>& r, int position,
                                                           int column) {
-  if (r.ape == nullptr) return {};
+  if (r.ape == nullptr) {
+    Vector<float, kSize> none;
+#pragma unroll
+    for (int v = 0; v < kSize; ++v) none.x[v] = -0.0f;  // adding +0 would lose a -0
+    return none;
+  }
   return load<float, kSize>(r.ape + (position % Config::kRatio) * Config::kStateDim + column);
 }
 
@@ -179,8 +178,8 @@ struct RowWriter {
     for (int item = threadIdx.x; item < num_items; item += T::kThreads) {
       const Row row = item == static_cast<int>(threadIdx.x) ? first_item : load_item(item);
       const int t = row_of(item), column = column_of(item);
+      if (t >= r.num_new || r.first_position + t < 0) continue;
       const int position = r.first_position + t;
-      if (t >= r.num_new || position < 0) continue;
       // Every load before the first store, which they could not pass.
       const int64_t kv_row = r.find_row(p.paging, r.kv_table, position);
       const int64_t score_row = r.find_row(p.paging, r.score_table, position);
@@ -221,7 +220,7 @@ struct WindowReducer {
         smem(smem),
         warp(threadIdx.x / 32),
         abreast(threadIdx.x % 32 / T::kLanes),
-        begin((window + 1) * Config::kRatio - Config::kReducedRows),
+        begin(static_cast<int>((window + 1u) * Config::kRatio - Config::kReducedRows)),
         column(column) {}
 
   // Reduced row i of the window belongs to group i % kGroups.

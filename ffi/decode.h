@@ -74,9 +74,8 @@ JAX_DSV4_HD Request<Config> request_at(const DecodeParams& p, uint32_t index) {
   r.first_window = (r.first_position > 0 ? r.first_position : 0) / Config::kRatio;
   r.end_window = r.num_new > 0 ? length / Config::kRatio : r.first_window;
 
-  using KvScore = typename Config::KvScore;
   r.pool_row = int64_t{group} * p.rows_per_pool;
-  r.kv_score = static_cast<const KvScore*>(p.kv_score) +
+  r.kv_score = static_cast<const typename Config::KvScore*>(p.kv_score) +
                row_of(p.kv_score_per_group) * p.next_n * (2 * Config::kStateDim);
   r.ape = p.ape;
   if (p.ape != nullptr && p.ape_per_group) {

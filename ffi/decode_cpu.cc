@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -16,8 +15,6 @@
 
 namespace jax_dsv4 {
 namespace {
-
-constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 
 // Stores the new tokens' rows: kv, and score plus its bias, rounded once to the state's dtype.
 template <class Config>
@@ -38,7 +35,8 @@ void write_rows(const DecodeParams& p, const Request<Config>& r) {
     if (score_row != kNowhere) {
       State* out = static_cast<State*>(p.score) + score_row * S;
       for (int c = 0; c < S; ++c) {
-        out[c] = round_to<State>(to_f32(score_in[c]) + (ape == nullptr ? 0.0f : ape[c]));
+        const float score = to_f32(score_in[c]);
+        out[c] = round_to<State>(ape == nullptr ? score : score + ape[c]);  // adding 0 loses -0
       }
     }
   }
@@ -73,8 +71,7 @@ void reduce_window(const DecodeParams& p, const Request<Config>& r, int32_t wind
   for (int i = 0; i < num_rows; ++i) {
     for (int d = 0; d < D; ++d) max[d] = std::max(max[d], to_f32(rows[i].score[d]));
   }
-  // With nothing but -inf there is no maximum to subtract; every weight is then exp(-inf) = 0.
-  for (int d = 0; d < D; ++d) max[d] = max[d] == kNegInf ? 0.0f : max[d];
+  for (int d = 0; d < D; ++d) max[d] = finite_or_zero(max[d]);
   for (int i = 0; i < num_rows; ++i) {
     for (int d = 0; d < D; ++d) {
       const float weight = std::exp(to_f32(rows[i].score[d]) - max[d]);

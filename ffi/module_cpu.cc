@@ -15,7 +15,7 @@ nb::list geometries_of() {
   nb::list out;
   visit_any(typename GeometriesOf<Shape::kRatio>::List{}, [&](auto g) {
     using G = decltype(g);
-    out.append(nb::make_tuple(G::kWarps, G::kLanes, G::kRowsPerStep, G::kPrefetch));
+    out.append(nb::make_tuple(G::kWarps, G::kLanes, G::kRowsPerStep, G::kPrefetch, G::kBaseline));
     return false;
   });
   return out;
@@ -24,12 +24,7 @@ nb::list geometries_of() {
 }  // namespace
 
 NB_MODULE(_cpu, m) {
-  export_version(m);
-  m.def("handlers", [] {
-    nb::dict out;
-    out["jax_dsv4_paged_kv_compress"] = capsule(&PagedKvCompressCpu);
-    return out;
-  });
+  export_handler(m, &PagedKvCompressCpu);
 
   nb::list shapes, dtypes;
   visit_any(Shapes{}, [&](auto s) {

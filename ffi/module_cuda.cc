@@ -4,11 +4,4 @@
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(PagedKvCompressCuda);
 
-NB_MODULE(_cuda, m) {
-  jax_dsv4::export_version(m);
-  m.def("handlers", [] {
-    jax_dsv4::nb::dict out;
-    out["jax_dsv4_paged_kv_compress"] = jax_dsv4::capsule(&PagedKvCompressCuda);
-    return out;
-  });
-}
+NB_MODULE(_cuda, m) { jax_dsv4::export_handler(m, &PagedKvCompressCuda); }

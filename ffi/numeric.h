@@ -44,4 +44,9 @@ JAX_DSV4_HD bf16 round_to<bf16>(float x) {
 #endif
 }
 
+inline constexpr float kNegInf = -__builtin_huge_valf();
+
+// A maximum to subtract: with nothing but -inf below it, every weight is exp(-inf) = 0, not NaN.
+JAX_DSV4_HD float finite_or_zero(float max) { return max == kNegInf ? 0.0f : max; }
+
 }  // namespace jax_dsv4

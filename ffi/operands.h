@@ -233,6 +233,7 @@ ffi::Error check_and_run(const DecodeCall& call, Run&& run) {
   const bool has_q_lens = o.q_lens.dimensions().back() != 0;
   const int64_t groups =
       std::accumulate(dims.begin(), dims.end() - 3, int64_t{1}, std::multiplies<int64_t>());
+  ffi::Error outcome;
   const auto check_shapes = [&](auto config) {
     using C = decltype(config);
     constexpr int64_t S = C::kStateDim;
@@ -282,12 +283,11 @@ ffi::Error check_and_run(const DecodeCall& call, Run&& run) {
     p.paging.page_size = Divisor(static_cast<uint32_t>(page_size));
     p.paging.num_pages = static_cast<uint32_t>(std::min(num_pages, kInt32Max + 1));
     p.paging.max_pages = static_cast<uint32_t>(max_pages);
-    ffi::Error error = run(config, p);
-    if (error.failure()) check.require(false, error.message());
+    outcome = run(config, p);
   };
   const int64_t head_dim = o.kv_comp.dimensions().back();
   check.require(visit_config(a, head_dim, check_shapes), unsupported_text(a, head_dim));
-  return check.ok() ? ffi::Error::Success() : check.error();
+  return check.ok() ? outcome : check.error();
 }
 
 }  // namespace jax_dsv4

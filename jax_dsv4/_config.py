@@ -17,6 +17,7 @@ class Geometry(NamedTuple):
     lanes: int
     rows_per_step: int
     prefetch: bool
+    baseline: bool
 
 
 class Shape(NamedTuple):

@@ -1,7 +1,8 @@
 from typing import Any
 
 FFI_VERSION: tuple[int, int]
-SHAPES: list[tuple[int, int, bool, list[tuple[int, int, int, bool]]]]
+SHAPES: list[tuple[int, int, bool, list[tuple[int, int, int, bool, bool]]]]
 DTYPES: list[tuple[str, str, str]]
+TARGET_NAME: str
 
-def handlers() -> dict[str, Any]: ...
+def handler() -> Any: ...

@@ -27,15 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jax_dsv4 import reference
-
-TARGET_NAME = "jax_dsv4_paged_kv_compress"
+from jax_dsv4 import _cpu, reference
 
 # Ranks of the operands without group dimensions: kv, score, kv_score, ape, kv_tables,
 # score_tables, kv_lens, q_lens.
 _CORE_RANKS = (3, 3, 3, 2, 2, 2, 1, 1)
 _NUM_STATE = 2  # the first operands: written, and aliased by the first results
-_AUTO_GEOMETRY = -1
+AUTO_GEOMETRY = -1
 
 
 def _running_ffi_version() -> tuple[int, int]:
@@ -48,7 +46,7 @@ def _running_ffi_version() -> tuple[int, int]:
 
 
 def _load(name: str, platform: str) -> ModuleType | None:
-    """Import an extension module and register its handlers; ``None`` if it was not built.
+    """Import an extension module and register its handler; ``None`` if it was not built.
 
     A handler built against a newer XLA FFI than the running jaxlib's would stop every backend of
     JAX from starting, not only this package: hence the check before registration.
@@ -63,28 +61,28 @@ def _load(name: str, platform: str) -> ModuleType | None:
             f"jaxlib has {running[0]}.{running[1]}: upgrade jax and jaxlib, or rebuild jax_dsv4 "
             "against this jaxlib (pip install --no-build-isolation .)"
         )
-    for target, handler in module.handlers().items():
-        jax.ffi.register_ffi_target(target, handler, platform=platform)
+    jax.ffi.register_ffi_target(module.TARGET_NAME, module.handler(), platform=platform)
     return module
 
 
 _load("_cpu", "cpu")
+TARGET_NAME = _cpu.TARGET_NAME
 HAS_CUDA = _load("_cuda", "CUDA") is not None
 
 
 def check_available(implementation: str | None) -> None:
-    """Say so where JAX has an NVIDIA GPU, but this package was built without CUDA."""
+    """Say so where JAX runs on a GPU by default, but this package was built without CUDA."""
     if HAS_CUDA:
         return
-    try:
-        jax.devices("cuda")
-    except RuntimeError:
+    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    platform = getattr(default, "platform", default) or jax.default_backend()
+    if platform not in ("gpu", "cuda"):
         return
     problem = "jax_dsv4 was built without a CUDA compiler"
     remedy = "see Troubleshooting in its README"
     if implementation == "ffi":
         raise RuntimeError(f'implementation="ffi": {problem}; {remedy}')
-    warnings.warn(f"{problem}: on a GPU, the slow jnp reference runs; {remedy}", stacklevel=3)
+    warnings.warn(f"{problem}: on a GPU, the slow jnp reference runs; {remedy}", stacklevel=4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +93,7 @@ class Decode:
     overlap: bool
     out_dtype: np.dtype
     implementation: str | None
-    geometry: int = _AUTO_GEOMETRY  # index into Shape.geometries: for benchmarks
+    geometry: int = AUTO_GEOMETRY  # index into Shape.geometries: for benchmarks
 
 
 # xla::ffi::DataType, the 8-bit enumeration that the dtype attributes are typed as.
@@ -153,11 +151,10 @@ def _map(axis_size: int, batched: Sequence[bool], operands: Sequence[Array]) -> 
     groups = operands[0].shape[int(batched[0]) : -_CORE_RANKS[0]]
     mapped = []
     for i, (x, is_batched, rank) in enumerate(zip(operands, batched, _CORE_RANKS, strict=True)):
-        core = x.shape[-rank:]
         if not is_batched:
             x = x[None]
-        if i < _NUM_STATE or x.size != math.prod(core):
-            x = jnp.broadcast_to(x, (axis_size, *groups, *core))
+        if i < _NUM_STATE or math.prod(x.shape[:-rank]) != 1:
+            x = jnp.broadcast_to(x, (axis_size, *groups, *x.shape[-rank:]))
         mapped.append(x)
     return mapped
 

@@ -17,9 +17,10 @@ IMPLEMENTATIONS = (None, "ffi", "xla")
 def _array(name: str, x: Any, dtypes: tuple[str, ...], *shape: int | str) -> Array:
     """``x`` as an array of one of ``dtypes`` and this shape; a string: a dimension of any size."""
     try:
-        array = jnp.asarray(x)
+        array = x if hasattr(x, "dtype") and hasattr(x, "shape") else jnp.asarray(x)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected an array, got {type(x).__name__}") from error
+    # Before jnp.asarray, which makes 32 bits of NumPy's 64.
     if array.dtype.name not in dtypes:
         raise TypeError(f"{name}: expected {' or '.join(dtypes)}, got {array.dtype.name}")
     fits = len(array.shape) == len(shape) and all(
@@ -28,7 +29,7 @@ def _array(name: str, x: Any, dtypes: tuple[str, ...], *shape: int | str) -> Arr
     if not fits:
         wanted = ", ".join(str(want) for want in shape)
         raise ValueError(f"{name}: expected shape [{wanted}], got {list(array.shape)}")
-    return array
+    return jnp.asarray(array)
 
 
 def paged_kv_compress(
@@ -42,7 +43,6 @@ def paged_kv_compress(
     q_lens: ArrayLike | None = None,
     out_dtype: DTypeLike = jnp.bfloat16,
     implementation: str | None = None,
-    _geometry: int = -1,
 ) -> tuple[Array, CompressorState]:
     """One decode step of DeepSeek-V4's KV compressor on a paged state.
 
@@ -78,7 +78,8 @@ def paged_kv_compress(
       NotImplementedError: when differentiated.
 
     Precision: sums in f32. A row is stored rounded once to the state's dtype, the score after its
-    bias is added in f32; a new row counts as stored. Rounding is to nearest even.
+    bias is added in f32; a new row counts as stored. Rounding is to nearest even. (On a CPU, XLA's
+    threads flush a denormal sum of score and bias to zero.)
 
     Robustness: nothing outside the operands' buffers is read or written, whatever their values. A
     page id outside [0, num_pages) and a logical page past the table are nowhere: rows written there
@@ -90,11 +91,39 @@ def paged_kv_compress(
     one writes or reduces; if they do, either value may be seen.
 
     vmap: the mapped axis folds into the batch of one launch. The state is written, so an unmapped
-    state is copied once per index, as vmap's meaning demands; other unmapped operands are not.
+    state is copied once per index, as vmap's meaning demands. Other unmapped operands are not,
+    unless an outer vmap maps them.
 
     The method is that of DeepSeek-V4's compressor, in the paged form that TensorRT-LLM serves
     (``pagedKvCompressKernel``).
     """
+    return with_geometry(
+        kv_score,
+        ape,
+        state,
+        block_tables,
+        kv_lens,
+        compress_ratio=compress_ratio,
+        q_lens=q_lens,
+        out_dtype=out_dtype,
+        implementation=implementation,
+    )
+
+
+def with_geometry(
+    kv_score: ArrayLike,
+    ape: ArrayLike | None,
+    state: CompressorState,
+    block_tables: ArrayLike | tuple[ArrayLike, ArrayLike],
+    kv_lens: ArrayLike,
+    *,
+    compress_ratio: int,
+    q_lens: ArrayLike | None = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    implementation: str | None = None,
+    geometry: int = _ffi.AUTO_GEOMETRY,
+) -> tuple[Array, CompressorState]:
+    """``paged_kv_compress``; benchmarks and tests also name one of the CUDA geometries."""
     if not isinstance(state, CompressorState):
         raise TypeError(f"state: expected a CompressorState, got {type(state).__name__}")
     if state.format not in STATE_FORMATS:
@@ -139,7 +168,7 @@ def paged_kv_compress(
         names = _config.DTypes(kv_score.dtype.name, kv.dtype.name, out_dtype.name)
         _config.check_compiled(head_dim, compress_ratio, names)
         _ffi.check_available(implementation)
-    static = _ffi.Decode(compress_ratio, overlap, out_dtype, implementation, _geometry)
+    static = _ffi.Decode(compress_ratio, overlap, out_dtype, implementation, geometry)
     # The custom call takes an empty array for none.
     ape = jnp.zeros((0, state_dim), jnp.float32) if ape is None else ape
     q_lens = jnp.zeros((0,), jnp.int32) if q_lens is None else q_lens

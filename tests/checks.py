@@ -12,7 +12,8 @@ import numpy as np
 import oracle
 from cases import Case, Operands
 
-from jax_dsv4 import CompressorState, paged_kv_compress
+from jax_dsv4 import CompressorState
+from jax_dsv4.decode import with_geometry
 
 
 class Results(NamedTuple):
@@ -31,7 +32,7 @@ def step(
     """``paged_kv_compress`` from ``Operands``, as a tuple, to ``Results``."""
 
     def step(kv_score, ape, kv, score, kv_tables, score_tables, kv_lens, q_lens):
-        kv_comp, state = paged_kv_compress(
+        kv_comp, state = with_geometry(
             kv_score,
             ape,
             CompressorState(kv, score),
@@ -41,7 +42,7 @@ def step(
             compress_ratio=compress_ratio,
             out_dtype=out_dtype,
             implementation=implementation,
-            _geometry=geometry,
+            geometry=geometry,
         )
         return Results(state.kv, state.score, kv_comp)
 

@@ -99,6 +99,22 @@ def test_a_wrong_array_is_named(name, array, error, implementation):
         trace(implementation, **{argument: array})
 
 
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("kv_score", np.zeros((B, N, 2 * S))),
+        ("block_tables", np.full((B, 6), (1 << 32) + 1)),
+        ("kv_lens", np.full(B, (1 << 32) + 4)),
+    ],
+)
+def test_numpys_64_bits_are_not_cut_to_32(name, array):
+    with pytest.raises(TypeError, match=f"^{name}: expected .*, got (int|float)64"):
+        jax.eval_shape(
+            lambda others: paged_kv_compress(**others | {name: array}, compress_ratio=R),
+            good_arguments(),
+        )
+
+
 def test_good_arguments_pass():
     kv_comp, _ = trace()
     assert kv_comp.shape == (B, 1, CASE.head_dim)

@@ -3,6 +3,7 @@
 import itertools
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -144,6 +145,14 @@ def test_num_compressed_counts_the_windows_that_end_in_the_new_tokens(ratio, wit
 def test_num_compressed_refuses_what_no_step_can_be(static, name):
     with pytest.raises(ValueError, match=f"^{name}: expected"):
         num_compressed(np.ones(3, np.int32), **static)
+
+
+def test_the_readmes_example_runs():
+    (code,) = re.findall(r"^```python\n(.*?)^```", readme.PATH.read_text(), re.M | re.S)
+    names = {}
+    exec(code, names)
+    first_values = np.asarray(names["kv_comp"][:, 0, 0] != 0)
+    np.testing.assert_array_equal(np.flatnonzero(first_values), [0, 3, 5])
 
 
 def test_the_readme_lists_the_compiled_configurations():

@@ -97,6 +97,19 @@ def test_vmap_equals_a_loop_and_is_one_call(case, levels, implementation, device
     assert count_calls(program.lower(*arrays).as_text()) == (implementation == "ffi")
 
 
+@pytest.mark.parametrize("implementation", ("ffi", "xla"))
+def test_nested_vmap_serves_no_requests(implementation, device):
+    operands = cases.make_operands(cases.MAPPED)
+    for name in ("kv_score", "kv_tables", "score_tables", "kv_lens", "q_lens"):
+        setattr(operands, name, getattr(operands, name)[:0])
+    operands.kv_lens = np.zeros((3, 0), np.int32)
+    operands.kv, operands.score = (np.stack([x, -x]) for x in (operands.kv, operands.score))
+    step = vmapped(step_of(cases.MAPPED, implementation), [{"kv": 0, "score": 0}, {"kv_lens": 0}])
+    kv, _, kv_comp = jax.jit(step)(*arguments(operands, device))
+    assert kv_comp.shape == (2, 3, 0, 1, cases.MAPPED.head_dim)
+    np.testing.assert_array_equal(kv, np.stack([operands.kv] * 3, 1))
+
+
 # ------------------------------------------------------------------------------- jit, scan, shapes
 
 
