@@ -9,13 +9,22 @@ if importlib.util.find_spec("jax_dsv4._cpu") is None:
         "`pip install .`; run it from another folder, or install with `pip install -e .`"
     )
 
+from jax_dsv4._ffi import EXPORT_DISABLED_CHECKS
 from jax_dsv4.decode import paged_kv_compress
-from jax_dsv4.state import STATE_FORMATS, CompressorState, init_state, num_compressed
+from jax_dsv4.state import (
+    STATE_FORMATS,
+    CompressorState,
+    init_state,
+    layer_tables,
+    num_compressed,
+)
 
 __all__ = [
+    "EXPORT_DISABLED_CHECKS",
     "STATE_FORMATS",
     "CompressorState",
     "init_state",
+    "layer_tables",
     "num_compressed",
     "paged_kv_compress",
 ]

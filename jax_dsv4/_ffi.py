@@ -3,6 +3,7 @@
 An operation is, from the outside in:
 
     custom_jvp (a clear error) -> custom_vmap (mapped axes become group dimensions)
+      -> over the mesh, if there is one (_mesh.py)
       -> the platform's implementation: ffi_call, or the jnp reference
 
 Every operand carries the group dimensions in front (``ffi/operands.h``): ``[*G, ...]`` on the
@@ -23,15 +24,27 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from jax_dsv4 import _cpu, reference
+from jax_dsv4 import _cpu, _mesh, reference
 
-# Ranks of the operands without group dimensions: kv, score, kv_score, ape, kv_tables,
-# score_tables, kv_lens, q_lens.
-_CORE_RANKS = (3, 3, 3, 2, 2, 2, 1, 1)
+# The operands, and their ranks without group dimensions.
+_CORES = {
+    "state.kv": 3,
+    "state.score": 3,
+    "kv_score": 3,
+    "ape": 2,
+    "kv_tables": 2,
+    "score_tables": 2,
+    "kv_lens": 1,
+    "q_lens": 1,
+}
+_CORE_RANKS = tuple(_CORES.values())
 _NUM_STATE = 2  # the first operands: written, and aliased by the first results
 AUTO_GEOMETRY = -1
 
@@ -68,6 +81,9 @@ def _load(name: str, platform: str) -> ModuleType | None:
 _load("_cpu", "cpu")
 TARGET_NAME = _cpu.TARGET_NAME
 HAS_CUDA = _load("_cuda", "CUDA") is not None
+
+# What jax.export must be told to let pass: the target's name and attributes are kept compatible.
+EXPORT_DISABLED_CHECKS = (jax.export.DisabledSafetyCheck.custom_call(TARGET_NAME),)
 
 
 def check_available(implementation: str | None) -> None:
@@ -106,12 +122,19 @@ def _call_ffi(static: Decode, *operands: Array) -> tuple[Array, Array, Array]:
     batch, next_n = kv_score.shape[-3:-1]
     num_windows = -(-next_n // static.compress_ratio)
     head_dim = state_dim // 2 if static.overlap else state_dim
+    # Inside shard_map, what varies over the mesh is part of the types, and alike by now.
+    aval = jax.typeof(kv)
+    result = functools.partial(
+        jax.ShapeDtypeStruct,
+        sharding=None if aval.sharding.mesh.empty else NamedSharding(aval.sharding.mesh, P()),
+        manual_axis_type=aval.manual_axis_type,
+    )
     return jax.ffi.ffi_call(
         TARGET_NAME,
         (
-            jax.ShapeDtypeStruct(kv.shape, kv.dtype),
-            jax.ShapeDtypeStruct(score.shape, score.dtype),
-            jax.ShapeDtypeStruct((*groups, batch, num_windows, head_dim), static.out_dtype),
+            result(kv.shape, kv.dtype),
+            result(score.shape, score.dtype),
+            result((*groups, batch, num_windows, head_dim), static.out_dtype),
         ),
         input_output_aliases={i: i for i in range(_NUM_STATE)},
     )(
@@ -159,14 +182,24 @@ def _map(axis_size: int, batched: Sequence[bool], operands: Sequence[Array]) -> 
     return mapped
 
 
+def _vary_alike(operands: Sequence[Array]) -> list[Array]:
+    """Inside ``shard_map``, make every operand vary over the axes that any of them varies over."""
+    varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
+    axes = frozenset().union(*varying)
+    return [
+        jax.lax.pcast(x, tuple(axes - own), to="varying") if axes - own else x
+        for x, own in zip(operands, varying, strict=True)
+    ]
+
+
 @functools.cache
 def decode(static: Decode) -> Callable[..., tuple[Array, Array, Array]]:
     """The operation on ``[*G, ...]`` operands -> (kv, score, kv_comp)."""
     compiled = functools.partial(_call_ffi, static)
     plain = functools.partial(_call_reference, static)
 
-    @jax.custom_batching.custom_vmap
-    def call(*operands):
+    def implementation(*operands):
+        operands = _vary_alike(operands)
         match static.implementation:
             case "xla":
                 return plain(*operands)
@@ -177,6 +210,10 @@ def decode(static: Decode) -> Callable[..., tuple[Array, Array, Array]]:
                 return jax.lax.platform_dependent(
                     *operands, cpu=compiled, cuda=on_cuda, default=plain
                 )
+
+    call = jax.custom_batching.custom_vmap(
+        _mesh.over_groups(implementation, tuple(_CORES), _CORE_RANKS[0])
+    )
 
     @call.def_vmap
     def _(axis_size, batched, *operands):

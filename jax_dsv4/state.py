@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
@@ -29,6 +31,15 @@ class CompressorState:
     kv: Any
     score: Any
     format: str = dataclasses.field(default="raw", metadata={"static": True})
+
+
+# A program with a state among its arguments can be serialized: by its static fields, the format.
+jax.export.register_pytree_node_serialization(
+    CompressorState,
+    serialized_name="jax_dsv4.CompressorState",
+    serialize_auxdata=lambda aux: json.dumps(aux).encode(),
+    deserialize_auxdata=lambda data: tuple(json.loads(data)),
+)
 
 
 def init_state(
@@ -96,3 +107,29 @@ def num_compressed(
     active = (kv_lens > 0) & (n > 0)
     before = jnp.maximum(kv_lens - jnp.maximum(n, 0), 0) // compress_ratio
     return jnp.where(active, kv_lens // compress_ratio - before, 0)
+
+
+def layer_tables(
+    block_tables: ArrayLike | tuple[ArrayLike, ArrayLike], layer: ArrayLike, *, num_pages: int
+) -> Any:
+    """Block tables of one layer in a pool that stacks layers, for a ``lax.scan`` over layers.
+
+    A carry of arrays ``[layers * num_pages, page_size, S]`` is updated in place; arrays
+    ``[layers, num_pages, page_size, S]``, indexed by layer or scanned over, would be copied.
+
+    Args:
+      block_tables: ``[B, max_pages]`` i32, page ids within one layer, or a pair of such tables.
+      layer: scalar i32.
+      num_pages: pages of one layer.
+
+    Returns:
+      The table, or the pair, with ids within the whole pool; an id that is not in
+      ``[0, num_pages)`` becomes -1, rather than a page of another layer.
+    """
+
+    def offset(table):
+        table = jnp.asarray(table)
+        exists = (table >= 0) & (table < num_pages)
+        return jnp.where(exists, table + jnp.int32(layer) * num_pages, -1)
+
+    return jax.tree.map(offset, block_tables)

@@ -2,6 +2,11 @@
 
 import os
 
+# For the tests on meshes; before JAX starts.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
 import jax
 import pytest
 

@@ -147,12 +147,23 @@ def test_num_compressed_refuses_what_no_step_can_be(static, name):
         num_compressed(np.ones(3, np.int32), **static)
 
 
-def test_the_readmes_example_runs():
-    (code,) = re.findall(r"^```python\n(.*?)^```", readme.PATH.read_text(), re.M | re.S)
-    names = {}
-    exec(code, names)
-    first_values = np.asarray(names["kv_comp"][:, 0, 0] != 0)
-    np.testing.assert_array_equal(np.flatnonzero(first_values), [0, 3, 5])
+README_CODE = re.findall(r"^```python\n(.*?)^```", readme.PATH.read_text(), re.M | re.S)
+
+
+SNIPPETS = ("first screen", "vmap", "mesh", "scan", "export")
+
+
+@pytest.mark.parametrize("of", SNIPPETS)
+def test_the_readmes_code_runs(of):
+    code = dict(zip(SNIPPETS, README_CODE, strict=True))[of]
+    if of == "mesh" and jax.device_count() < 8:
+        pytest.skip(f"needs 8 devices of one kind, JAX's default has {jax.device_count()}")
+    names = {"__name__": "readme"}
+    with jax.default_device(jax.devices("cpu")[0]):
+        exec(code, names)
+    if of == "first screen":
+        first_values = np.asarray(names["kv_comp"][:, 0, 0] != 0)
+        np.testing.assert_array_equal(np.flatnonzero(first_values), [0, 3, 5])
 
 
 def test_the_readme_lists_the_compiled_configurations():

@@ -1,0 +1,152 @@
+"""Group dimensions over a mesh of 8 CPU devices: equal to one device, in place, no collective."""
+
+import functools
+import re
+
+import cases
+import jax
+import numpy as np
+import pytest
+from cases import OPERAND_NAMES
+from checks import STATE, Results, check_results, step_of
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+COLLECTIVE = re.compile(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter")
+SHARED = ("ape",)  # by all groups
+MESHES = {"1-D": {"a": 8}, "2-D": {"a": 4, "b": 2}}
+AXIS_TYPES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+
+
+def make_mesh(sizes, axis_type):
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(axis_type,) * len(sizes), devices=cpus()
+    )
+
+
+def cpus():
+    return jax.devices("cpu")[:8]
+
+
+def in_axes():
+    return tuple(None if name in SHARED else 0 for name in OPERAND_NAMES)
+
+
+def grouped(step, depth):
+    """``step`` on operands with ``depth`` leading group dimensions."""
+    for _ in range(depth):
+        step = jax.vmap(step, in_axes=in_axes())
+    return lambda *operands: Results(*step(*operands))
+
+
+@functools.cache
+def grouped_operands(*sizes):
+    count = int(np.prod(sizes))
+    groups = [cases.make_operands(cases.MAPPED, seed).astuple() for seed in range(count)]
+    stacked = [
+        np.stack(arrays).reshape(*sizes, *arrays[0].shape) for arrays in zip(*groups, strict=True)
+    ]
+    return [groups[0][i] if name in SHARED else stacked[i] for i, name in enumerate(OPERAND_NAMES)]
+
+
+@functools.cache
+def one_device_results(*sizes):
+    step = grouped(step_of(cases.MAPPED, "ffi"), len(sizes))
+    return Results(*map(np.asarray, jax.jit(step)(*grouped_operands(*sizes))))
+
+
+def specs(axes):
+    return [P() if name in SHARED else P(*axes) for name in OPERAND_NAMES]
+
+
+def put(mesh, sizes, operand_specs):
+    return [
+        jax.device_put(x, NamedSharding(mesh, spec))
+        for x, spec in zip(grouped_operands(*sizes), operand_specs, strict=True)
+    ]
+
+
+def check_program(program, arrays, sizes):
+    """Donating: equal to one device, its share of the state in place, no collective."""
+    compiled = program.lower(*arrays).compile()
+    share = sum(arrays[i].nbytes for i in STATE) // len(cpus())
+    memory = compiled.memory_analysis()
+    assert not COLLECTIVE.findall(compiled.as_text())
+    assert memory.alias_size_in_bytes == share
+    assert memory.temp_size_in_bytes < share / 4
+    results = program(*arrays)
+    check_results(Results(*map(np.asarray, results)), one_device_results(*sizes))
+    for result in results:
+        assert result.sharding.shard_shape(result.shape)[: len(sizes)] == (1,) * len(sizes)
+
+
+@pytest.mark.parametrize("implementation", (None, "ffi"))
+@pytest.mark.parametrize("in_scope", (True, False), ids=["mesh in scope", "mesh of the operands"])
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+def test_jit_splits_the_groups(sizes, axis_type, in_scope, implementation):
+    mesh = make_mesh(sizes, AXIS_TYPES[axis_type])
+    arrays = put(mesh, sizes.values(), specs(sizes))
+    step = grouped(step_of(cases.MAPPED, implementation), len(sizes))
+    program = jax.jit(step, donate_argnums=STATE)
+    if in_scope:
+        with jax.set_mesh(mesh):
+            check_program(program, arrays, tuple(sizes.values()))
+    else:
+        check_program(program, arrays, tuple(sizes.values()))
+
+
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+def test_jit_splits_the_groups_of_the_reference(axis_type):
+    sizes = MESHES["1-D"]
+    mesh = make_mesh(sizes, AXIS_TYPES[axis_type])
+    arrays = put(mesh, sizes.values(), specs(sizes))
+    program = jax.jit(grouped(step_of(cases.MAPPED, "xla"), 1))
+    assert not COLLECTIVE.findall(program.lower(*arrays).compile().as_text())
+    results = Results(*map(np.asarray, program(*arrays)))
+    check_results(results, one_device_results(*sizes.values()))
+
+
+@pytest.mark.parametrize("implementation", (None, "ffi", "xla"))
+@pytest.mark.parametrize("manual", [("a", "b"), ("a",)], ids=["full", "partial"])
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+def test_shard_map_runs_the_groups_of_a_device(axis_type, manual, implementation):
+    sizes = (4, 2)
+    mesh = make_mesh(MESHES["2-D"], AXIS_TYPES[axis_type])
+    step = grouped(step_of(cases.MAPPED, implementation), 2)
+    in_specs = tuple(specs(manual))
+
+    def program(*operands):
+        return jax.shard_map(
+            step, mesh=mesh, in_specs=in_specs, out_specs=P(*manual), axis_names=set(manual)
+        )(*operands)
+
+    program = jax.jit(program, donate_argnums=STATE)
+    arrays = put(mesh, sizes, in_specs)
+    assert not COLLECTIVE.findall(program.lower(*arrays).compile().as_text())
+    check_results(Results(*map(np.asarray, program(*arrays))), one_device_results(*sizes))
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [
+        ("state.kv", P(None, None, "a")),
+        ("state.score", P(None, None, None, "a")),
+        ("kv_score", P(None, None, None, "a")),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_sharded_is_named_with_the_remedy(name, spec):
+    mesh = make_mesh(MESHES["1-D"], AxisType.Explicit)
+    operand = OPERAND_NAMES.index(name.removeprefix("state."))
+    operand_specs = [spec if i == operand else P() for i in range(len(OPERAND_NAMES))]
+    step = jax.jit(grouped(step_of(cases.MAPPED), 1))
+    with pytest.raises(ValueError, match=rf"^{name}: expected no sharding but .*jax\.vmap"):
+        step.trace(*put(mesh, (8,), operand_specs))
+
+
+def test_no_mesh_needs_no_partitioning():
+    step = grouped(step_of(cases.MAPPED, "ffi"), 1)
+    text = str(jax.make_jaxpr(step)(*grouped_operands(8)))
+    assert "ffi_call" in text
+    assert "custom_partitioning" not in text and "shard_map" not in text
