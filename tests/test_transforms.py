@@ -3,7 +3,10 @@
 import dataclasses
 import functools
 import itertools
+import os
 import re
+import subprocess
+import sys
 
 import cases
 import jax
@@ -327,6 +330,26 @@ def test_a_state_that_is_kept_is_copied_once(device):
     memory, copies, _ = compiled_with_pools(one_call, 1, device)
     assert len(copies) == 2  # kv and score: what the test above would see
     assert memory.alias_size_in_bytes == 0
+
+
+@pytest.mark.gpu
+def test_a_donated_step_needs_no_more_memory_than_the_state(gpu):
+    code = """
+import jax, jax.numpy as jnp, jax_dsv4
+state = jax_dsv4.init_state(1 << 13, 32, head_dim=512, compress_ratio=128)
+operands = jnp.ones((4, 4, 1024), jnp.bfloat16), None, state, jnp.zeros((4, 8), jnp.int32)
+step = jax.jit(jax_dsv4.paged_kv_compress, static_argnames="compress_ratio", donate_argnums=2)
+kv_comp, state = step(*operands, jnp.arange(4, dtype=jnp.int32), compress_ratio=128)
+jax.block_until_ready(kv_comp)
+(device,) = kv_comp.devices()
+print(device.memory_stats()["peak_bytes_in_use"] / (state.kv.nbytes + state.score.nbytes))
+"""
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert run.returncode == 0, run.stderr
+    assert 1 <= float(run.stdout) <= 1.01
 
 
 def test_a_donated_state_is_gone(device):
