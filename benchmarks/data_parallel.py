@@ -3,8 +3,8 @@
     python benchmarks/data_parallel.py [--devices 2]
 
 Every device has a group of requests with pools of its own. On meshes of Auto and of Explicit axes,
-and in shard_map: results equal to one device's, no collective in the compiled program, and the time
-per step against one device with one group.
+and in shard_map: states equal to one device's and values within a bf16 ulp, no collective in the
+compiled program, and the time per step against one device with one group.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_dsv4 import init_state, paged_kv_compress
+from jax_dsv4 import CompressorState, paged_kv_compress
 
 COLLECTIVE = re.compile(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter")
 BATCH, NEXT_N, PAGE_SIZE = 64, 4, 32  # per device
@@ -31,17 +31,17 @@ RATIOS = (4, 128) * 10  # of the layers
 def make_operands(group: int):
     """Of one group: (states, kv_scores, block tables, kv_lens), states and kv_scores by layer."""
     rng = np.random.default_rng(group)
-    pages = 256 // PAGE_SIZE
+    pages = 128 // PAGE_SIZE
     states, kv_scores = [], []
     for ratio in RATIOS:
-        state = init_state(BATCH * pages, PAGE_SIZE, head_dim=512, compress_ratio=ratio)
-        shape = state.kv.shape
-        fill = {"kv": rng.standard_normal(shape, np.float32), "score": np.zeros(shape, np.float32)}
-        states.append(type(state)(**fill))
-        kv_scores.append(rng.standard_normal((BATCH, NEXT_N, 2 * shape[-1]), np.float32))
+        state_dim = 1024 if ratio == 4 else 512
+        row = rng.standard_normal(state_dim, np.float32)
+        rows = rng.standard_normal((BATCH * pages, PAGE_SIZE, 1), np.float32)
+        states.append(CompressorState(rows * row, rows - row))
+        kv_scores.append(rng.standard_normal((BATCH, NEXT_N, 2 * state_dim), np.float32))
     kv_scores = [x.astype(jnp.bfloat16) for x in kv_scores]
     tables = rng.permutation(BATCH * pages).reshape(BATCH, pages).astype(np.int32)
-    return states, kv_scores, tables, np.full(BATCH, 256, np.int32)
+    return states, kv_scores, tables, np.full(BATCH, 128, np.int32)
 
 
 def step(states, kv_scores, tables, kv_lens):
@@ -80,10 +80,12 @@ def compare(name, run, operands, expected, baseline_us):
     compiled = jax.jit(run, donate_argnums=0).lower(*operands).compile()
     collectives = sorted(set(COLLECTIVE.findall(compiled.as_text())))
     got = jax.tree.map(np.asarray, jax.jit(run)(*operands))
-    equal = all(
-        np.array_equal(a, b)
-        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
-    )
+    (states, kv_comps), (expected_states, expected_kv_comps) = got, expected
+    equal = all(map(np.array_equal, jax.tree.leaves(states), jax.tree.leaves(expected_states)))
+    for value, other in zip(kv_comps, expected_kv_comps, strict=True):
+        # One device has twice the requests, hence maybe another geometry, and order of its sums.
+        a, b = value.astype(np.float32), other.astype(np.float32)
+        equal &= bool(np.all(np.abs(a - b) <= np.maximum(2.0**-7 * np.abs(b), 1e-6)))
     us = microseconds_per_step(run, operands)
     print(
         f"{name}: equal to one device: {equal}; collectives: {collectives or 'none'}; "

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -49,17 +50,23 @@ def _split_explicit(call: Call, names: Sequence[str], num_groups: int, operands:
             )
     results = jax.eval_shape(call, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands))
     mesh = state.sharding.mesh
+    # An empty operand of shard_map crashes XLA's compiler for GPUs (jax 0.11.2): made inside.
+    passed = [i for i, x in enumerate(operands) if i == 0 or x.size]
+
+    def local(*arrays):
+        local_groups = arrays[0].shape[:num_groups]
+        given = dict(zip(passed, arrays, strict=True))
+        for i in set(range(len(operands))) - set(passed):
+            own = local_groups if specs[i] else operands[i].shape[:num_groups]
+            given[i] = jnp.zeros((*own, *operands[i].shape[num_groups:]), operands[i].dtype)
+        return call(*(given[i] for i in range(len(operands))))
+
     return jax.shard_map(
-        call,
+        local,
         mesh=mesh,
-        in_specs=tuple(specs),
+        in_specs=tuple(specs[i] for i in passed),
         out_specs=tuple(_specs(groups, full, [x.shape for x in results])),
-    )(
-        *(
-            jax.sharding.reshard(x, NamedSharding(mesh, spec))
-            for x, spec in zip(operands, specs, strict=True)
-        )
-    )
+    )(*(jax.sharding.reshard(operands[i], NamedSharding(mesh, specs[i])) for i in passed))
 
 
 def _auto_split(call: Call, num_groups: int) -> Call:
