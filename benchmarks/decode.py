@@ -7,7 +7,7 @@ call finds its state outside the L2 cache (cold). ``cycle_mib`` says how much is
 uses of a page: calls that move little may stay within an L2, and their figures are warm. A loop
 around the calls has a trip count known only at run time; the time per call is the difference
 between many trips and few, over the calls in between: no launch from Python and no dispatch of
-arguments is in it. The kernels' own launches are: XLA runs the calls of a trip as one CUDA graph.
+arguments is in it. The kernels' own launches are; XLA captures the calls in CUDA graphs by default.
 """
 
 from __future__ import annotations
