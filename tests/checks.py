@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ class Results(NamedTuple):
 
 
 STATE = (2, 3)  # the operands that are the state
+COLLECTIVE = re.compile(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter")
 
 
 @functools.cache

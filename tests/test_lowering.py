@@ -1,11 +1,17 @@
 """What the operation becomes on each platform, on a machine that has none of them."""
 
+import importlib.util
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import cases
+import compile_for_cuda
 import jax
 import pytest
-from checks import STATE, step, step_of
+from checks import COLLECTIVE, STATE, step, step_of
 
 from jax_dsv4 import _ffi
 
@@ -79,6 +85,7 @@ def nothing_traced():
         cached.cache_clear()
 
 
+@pytest.mark.filterwarnings("ignore:jax_dsv4 was built without:UserWarning")  # on a GPU
 @pytest.mark.parametrize("has_cuda", (True, False))
 def test_cuda_gets_the_kernel_where_it_was_built(has_cuda, monkeypatch, nothing_traced):
     monkeypatch.setattr(_ffi, "HAS_CUDA", has_cuda)
@@ -96,3 +103,22 @@ def test_one_program_can_serve_several_platforms():
     text = lowered_text(step_of(CASE), "cpu", "tpu")
     assert len(calls(text)) == 1
     assert "stablehlo.scatter" in text
+
+
+def test_it_compiles_for_cuda_ahead_of_time():
+    """For two H200s, on one device and over meshes of both types of axis."""
+    if not _ffi.HAS_CUDA or importlib.util.find_spec("jax_cuda13_plugin") is None:
+        pytest.skip("needs the CUDA module, and JAX's plugin jax-cuda13-plugin; no GPU")
+    script = pathlib.Path(__file__).parent / "compile_for_cuda.py"
+    environment = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+    result = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, env=os.environ | environment
+    )
+    assert result.returncode == 0, result.stderr
+    _, *programs = result.stdout.split(compile_for_cuda.SEPARATOR)
+    assert len(programs) == 3
+    for program in programs:
+        assert program.count(f'custom_call_target="{_ffi.TARGET_NAME}"') == 1
+        aliases = re.findall(r"\{(\d)\}: \((\d), \{\}, may-alias\)", program)
+        assert aliases == [("0", "2"), ("1", "3")]
+        assert not COLLECTIVE.search(program) and "copy" not in program

@@ -1,18 +1,16 @@
 """Group dimensions over a mesh of 8 CPU devices: equal to one device, in place, no collective."""
 
 import functools
-import re
 
 import cases
 import jax
 import numpy as np
 import pytest
 from cases import OPERAND_NAMES
-from checks import STATE, Results, check_results, step_of
+from checks import COLLECTIVE, STATE, Results, check_results, step_of
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-COLLECTIVE = re.compile(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter")
 SHARED = ("ape",)  # by all groups
 MESHES = {"1-D": {"a": 8}, "2-D": {"a": 4, "b": 2}}
 AXIS_TYPES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
