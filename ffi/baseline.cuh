@@ -8,53 +8,51 @@
 
 namespace jax_dsv4 {
 
+// One window per step and request at most: it would read back rows that another CTA stores.
 template <class Config, class Geometry>
 __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads)
     row_at_a_time_kernel(const __grid_constant__ DecodeParams p) {
   using T = Tile<Config, Geometry>;
   using State = typename Config::State;
   using Out = typename Config::Out;
+  constexpr int S = Config::kStateDim;
+  static_assert(!Config::kOverlap);
   __shared__ SharedPlan<Config, Geometry> smem;
 
   const uint32_t index = blockIdx.x / T::kSlices;
   const int slice_column = static_cast<int>(blockIdx.x % T::kSlices) * T::kColumns;
-  const int m = blockIdx.z * gridDim.y + blockIdx.y;
-  if (m >= p.num_windows) return;
-  const Request<Config> r = request_at<Config>(p, index);
+  const Request<Config> r = request_at<Config>(p, blockIdx.z, index);
   Out* out = static_cast<Out*>(p.kv_comp) +
-             (int64_t{index} * p.num_windows + m) * Config::kHeadDim + slice_column;
-  const int window = r.first_window + m;
+             (int64_t{blockIdx.z} * p.batch + index) * Config::kHeadDim + slice_column;
+  WindowReducer<Config, Geometry> reducer(p, r, r.first_window, slice_column);
+  State* const kv = static_cast<State*>(p.kv) + reducer.column;
+  State* const score = static_cast<State*>(p.score) + reducer.column;
 
-  RowWriter<Config, Geometry>(p, r, m, slice_column).write(p);
-  if (window >= r.end_window) {
+  for (int t = reducer.row_group; t < r.num_new; t += T::kRowGroups) {
+    const int position = r.first_position + t;
+    if (position < 0) continue;
+    const NewVector<Config, T::kVector> row(r, position, reducer.column);
+    const uint32_t kv_row = r.find_row(p.paging, r.kv_table, position);
+    const uint32_t score_row = r.find_row(p.paging, r.score_table, position);
+    if (kv_row != kNowhere) store(kv + uint64_t{kv_row} * S, row.kv());
+    if (score_row != kNowhere) store(score + uint64_t{score_row} * S, row.score());
+  }
+  if (r.first_window >= r.end_window) {
     for (int c = threadIdx.x; c < T::kColumns; c += T::kThreads) out[c] = round_to<Out>(0.0f);
     return;
   }
   __syncthreads();  // the new rows, before any warp reads them back
-
-  const int column = slice_column + threadIdx.x % T::kLanes * T::kVector;
-  const int begin = (window + 1) * Config::kRatio - Config::kReducedRows;
-  Partial<T::kVector> partial;
 #pragma unroll 1
-  for (int i = threadIdx.x / 32; i < Config::kReducedRows; i += Geometry::kWarps) {
-    if (begin + i < 0) continue;
-    const int64_t kv_row = r.find_row(p.paging, r.kv_table, begin + i);
-    const int64_t score_row = r.find_row(p.paging, r.score_table, begin + i);
+  for (int i = reducer.row_group; i < Config::kReducedRows; i += T::kRowGroups) {
+    const uint32_t kv_row = r.find_row(p.paging, r.kv_table, reducer.begin + i);
+    const uint32_t score_row = r.find_row(p.paging, r.score_table, reducer.begin + i);
     if (kv_row == kNowhere || score_row == kNowhere) continue;
-    const int from = Config::kOverlap && i >= Config::kRatio ? Config::kHeadDim + column : column;
-    const auto score = load<State, T::kVector>(static_cast<const State*>(p.score) +
-                                               score_row * Config::kStateDim + from);
-    const auto kv = load<State, T::kVector>(static_cast<const State*>(p.kv) +
-                                            kv_row * Config::kStateDim + from);
-#pragma unroll
-    for (int v = 0; v < T::kVector; ++v) {
-      partial.raise_max(v, fmaxf(partial.max[v], to_f32(score.x[v])));
-      const float weight = exp_fast(to_f32(score.x[v]) - finite_or_zero(partial.max[v]));
-      partial.sum[v] += weight;
-      partial.weighted[v] += weight * to_f32(kv.x[v]);
-    }
+    const Vector<State, T::kVector> kvs[1] = {load<State, T::kVector>(kv + uint64_t{kv_row} * S)};
+    const Vector<State, T::kVector> scores[1] = {
+        load<State, T::kVector>(score + uint64_t{score_row} * S)};
+    reducer.partial.add(kvs, scores);
   }
-  store_merged<Config, Geometry>(smem, partial, out);
+  reducer.store_merged(smem, out);
 }
 
 }  // namespace jax_dsv4

@@ -52,23 +52,25 @@ struct Config : Shape, DTypes {};
 
 // How one CTA shares the reduction of one window over one slice of columns (CUDA only). A lane
 // always holds 16 bytes of a row.
-//   kWarps        warps that share the window's rows
-//   kLanes        lanes across the slice's columns; the rest of the warp takes further rows
+//   kWarps        warps of the CTA
+//   kLanes        lanes across the slice's columns; all of a CTA's sets of kLanes share the rows
 //   kRowsPerStep  rows a lane has in flight at a time
-//   kPrefetch     load the next step's rows before the arithmetic on this step's
-template <int kWarps_, int kLanes_, int kRowsPerStep_, bool kPrefetch_>
+//   kMinCtas      CTAs that should fit an SM: limits the registers
+// A lane's rows must be on one page, so the page size must be a multiple of their number,
+// kReducedRows kLanes / (32 kWarps).
+template <int kWarps_, int kLanes_, int kRowsPerStep_, int kMinCtas_>
 struct Geometry {
   static constexpr int kWarps = kWarps_;
   static constexpr int kLanes = kLanes_;
   static constexpr int kRowsPerStep = kRowsPerStep_;
-  static constexpr bool kPrefetch = kPrefetch_;
+  static constexpr int kMinCtas = kMinCtas_;
   static constexpr bool kBaseline = false;
 };
 
 // The reduction as it was before and after it was shared by four warps: one row at a time, its page
 // looked up on the way (baseline.cuh). For benchmarks, to have something to compare with.
 template <int kWarps>
-struct RowAtATime : Geometry<kWarps, 32, 1, false> {
+struct RowAtATime : Geometry<kWarps, 32, 1, 1> {
   static constexpr bool kBaseline = true;
 };
 
@@ -89,20 +91,23 @@ using DTypesList = TypeList<DTypes<bf16, f32, bf16>,                            
                             DTypes<f32, bf16, bf16>,                            //
                             DTypes<f32, bf16, f32>>;
 
-// The geometries of a ratio. A call takes the first while requests x head_dim is at most
-// kFewChannels, and the second beyond: by measurement on an H200 (benchmarks/notes.md).
+// The geometries of a ratio, by measurement on an H200 (benchmarks/notes.md). A call takes the
+// first whose page size fits, of all of them, or from kFew on while requests x head_dim is at most
+// kFewChannels.
 template <int kRatio>
 struct GeometriesOf;
 template <>
 struct GeometriesOf<4> {
-  using List = TypeList<Geometry<4, 16, 1, false>, Geometry<4, 32, 2, false>>;
-  static constexpr int64_t kFewChannels = 64 * 512;
+  using List = TypeList<Geometry<4, 32, 2, 1>, Geometry<4, 16, 1, 1>>;
+  static constexpr int kFew = 0;
+  static constexpr int64_t kFewChannels = 0;
 };
 template <>
 struct GeometriesOf<128> {
-  using List = TypeList<Geometry<8, 8, 4, false>, Geometry<4, 16, 4, true>,  //
-                        RowAtATime<1>, RowAtATime<4>>;
-  static constexpr int64_t kFewChannels = 32 * 512;
+  using List = TypeList<Geometry<4, 16, 8, 4>, Geometry<4, 8, 8, 4>, Geometry<8, 8, 4, 3>,
+                        Geometry<8, 2, 1, 1>, RowAtATime<1>, RowAtATime<4>>;
+  static constexpr int kFew = 2;
+  static constexpr int64_t kFewChannels = 24 * 512;
 };
 
 // ------------------------------------------------------------------------------------ walking it

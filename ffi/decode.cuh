@@ -1,19 +1,24 @@
 // The decode operation on an NVIDIA GPU: device code only.
 //
-// Grid: x = requests x column slices, (y, z) = windows. A CTA owns one window of one request over
-// one slice of kColumns channels, of both halves where windows overlap. It
-//   1. stores its share of the new tokens' rows (for window m of the step, R rows from row m R),
-//   2. counts the windows that the step completes; if its own is not among them, stores zeros,
-//   3. reduces the window: value[d] = sum_i softmax_i(score[i, d]) kv[i, d] over its stored rows.
+// Grid: x = requests x CTAs of a request, y = windows, z = groups. Of a request's CTAs, the first
+// kSlices reduce, each one window over a slice of kColumns channels; the others store the new rows,
+// a warp each, and the zeros of windows that the step does not complete.
+//
+// The threads of a CTA that reduces form kRowGroups, of kLanes lanes; a lane holds 16 bytes of a
+// row. A row group takes one of the window's new rows from kv_score, rounded as it is stored, so
+// that nothing waits for a store; then its stored rows, neighbours on one page, kRowsPerStep in
+// flight at a time:
+//   value[d] = sum_i softmax_i(score[i, d]) kv[i, d].
+// The row groups are merged through shared memory.
 // Bytes: 2 kReducedRows D per completed window and 4 S per new row (half of it read), elements.
 //
-// Every lane holds 16 bytes of a state row. Lanes across a slice times rows abreast fill a warp. A
-// warp first finds where all its rows are, then loads them with nothing but the loads in the way:
-// it pays the chain kv_len -> page -> row once. New rows are taken from kv_score, rounded as they
-// are stored, so the reduction waits for no store. One exp per element.
+// Short work at the end of a chain of loads, kv_len -> page -> row: the time that is not memory's
+// goes to single instructions. Hence little code, one lookup per lane, and every load of a link of
+// the chain on its way before the first wait.
 
 #pragma once
 
+#include <cfloat>
 #include <cstdint>
 
 #include "config.h"
@@ -24,6 +29,7 @@
 namespace jax_dsv4 {
 
 constexpr int min_of(int a, int b) { return a < b ? a : b; }
+constexpr int max_of(int a, int b) { return a > b ? a : b; }
 
 // What follows from a configuration and a geometry, for the kernel and its launch.
 template <class Config, class Geometry>
@@ -34,30 +40,21 @@ struct Tile {
   static constexpr int kLanes = min_of(Geometry::kLanes, Config::kHeadDim / kVector);
   static constexpr int kColumns = kLanes * kVector;
   static constexpr int kSlices = Config::kHeadDim / kColumns;
-  static constexpr int kRowsAbreast = 32 / kLanes;                 // of one warp
-  static constexpr int kGroups = Geometry::kWarps * kRowsAbreast;  // rows abreast of the CTA
-  static constexpr int kRowsPerLane = Config::kReducedRows / kGroups;
+  static constexpr int kRowGroups = kThreads / kLanes;
+  static constexpr int kRowsPerLane = Config::kReducedRows / kRowGroups;
   static constexpr int kRowsPerStep = min_of(Geometry::kRowsPerStep, kRowsPerLane);
-  static constexpr int kSteps = kRowsPerLane / kRowsPerStep;
-  static constexpr int kRowsPerWarp = kRowsPerLane * kRowsAbreast;
+  // More channels per lane take more registers.
+  static constexpr int kMinCtas = max_of(Geometry::kMinCtas - (kVector > 4 ? 1 : 0), 1);
+  // Channels per lane of a warp that stores a row.
+  static constexpr int kRowVector = min_of(kVector, Config::kStateDim / 32);
+  // Threads that merge one column, and the distance of the row groups' partial results, such that
+  // the threads of a warp read different banks.
+  static constexpr int kMergers = max_of(min_of(kThreads / kColumns, 4), 1);
+  static constexpr int kPartialStride = 3 * kColumns + max_of(32 / kMergers, 4);
 
-  static_assert(kColumns * kSlices == Config::kHeadDim && kRowsAbreast * kLanes == 32);
-  static_assert(kGroups * kRowsPerStep * kSteps == Config::kReducedRows);
-};
-
-inline constexpr int64_t kNew = -2;  // a row that exists, and that this step brings
-
-// The shared memory of a CTA.
-template <class Config, class Geometry>
-struct SharedPlan {
-  using T = Tile<Config, Geometry>;
-  // Where each warp's rows are, kNowhere or kNew; written and read by that warp alone.
-  int64_t kv_row[Geometry::kWarps][T::kRowsPerWarp];
-  int64_t score_row[Geometry::kWarps][T::kRowsPerWarp];
-  // The warps' partial results.
-  float max[Geometry::kWarps][T::kColumns];
-  float sum[Geometry::kWarps][T::kColumns];
-  float weighted[Geometry::kWarps][T::kColumns];
+  static_assert(kColumns * kSlices == Config::kHeadDim);
+  static_assert(kRowsPerLane * kRowGroups == Config::kReducedRows);
+  static_assert(kRowsPerLane % kRowsPerStep == 0 && Config::kRatio % kRowsPerLane == 0);
 };
 
 template <class T, int kSize>
@@ -75,6 +72,20 @@ __device__ __forceinline__ void store(T* target, const Vector<T, kSize>& value) 
   *reinterpret_cast<Vector<T, kSize>*>(target) = value;
 }
 
+// 16 bytes that nothing on this SM reads again.
+template <class T, int kSize>
+__device__ __forceinline__ Vector<T, kSize> load_once(const T* source) {
+  static_assert(sizeof(T) * kSize == 16);
+  union {
+    uint32_t words[4];
+    Vector<T, kSize> vector;
+  } u;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(u.words[0]), "=r"(u.words[1]), "=r"(u.words[2]), "=r"(u.words[3])
+               : "l"(source));
+  return u.vector;
+}
+
 __device__ __forceinline__ float exp_fast(float x) {
   constexpr float kLog2E = 1.4426950408889634f;
   float result;
@@ -82,41 +93,69 @@ __device__ __forceinline__ float exp_fast(float x) {
   return result;
 }
 
+// What to subtract from scores of this maximum: with nothing but -inf below it, every weight is
+// exp(-inf) = 0, not NaN.
+__device__ __forceinline__ float finite(float max) { return fmaxf(max, -FLT_MAX); }
+
+// weighted / sum, or 0 where nothing has any weight.
+__device__ __forceinline__ float quotient(float weighted, float sum) {
+  return sum == 0 ? 0.0f : __fdividef(weighted, sum);
+}
+
 // A softmax-weighted sum over some of the rows, per channel, relative to their own maximum.
 template <int kSize>
 struct Partial {
-  float max[kSize];
-  float sum[kSize];
-  float weighted[kSize];
+  Vector<float, kSize> max, sum, weighted;
 
   __device__ Partial() {
 #pragma unroll
-    for (int v = 0; v < kSize; ++v) max[v] = kNegInf, sum[v] = weighted[v] = 0;
+    for (int v = 0; v < kSize; ++v) max.x[v] = kNegInf, sum.x[v] = weighted.x[v] = 0;
   }
 
-  __device__ void raise_max(int v, float to) {
-    const float scale = exp_fast(max[v] - finite_or_zero(to));
-    max[v] = to;
-    sum[v] *= scale;
-    weighted[v] *= scale;
+  template <class State, int kRows>
+  __device__ void add(const Vector<State, kSize> (&kv)[kRows],
+                      const Vector<State, kSize> (&score)[kRows]) {
+#pragma unroll
+    for (int v = 0; v < kSize; ++v) {
+      float highest = max.x[v];
+#pragma unroll
+      for (int j = 0; j < kRows; ++j) highest = fmaxf(highest, to_f32(score[j].x[v]));
+      const float subtracted = finite(highest);
+      const float scale = exp_fast(max.x[v] - subtracted);
+      max.x[v] = highest;
+      sum.x[v] *= scale;
+      weighted.x[v] *= scale;
+#pragma unroll
+      for (int j = 0; j < kRows; ++j) {
+        const float weight = exp_fast(to_f32(score[j].x[v]) - subtracted);
+        sum.x[v] += weight;
+        weighted.x[v] += weight * to_f32(kv[j].x[v]);
+      }
+    }
   }
-
-  __device__ float value(int v) const { return sum[v] == 0 ? 0.0f : weighted[v] / sum[v]; }
 };
 
-// A lane's vector of one new token's row, of one half, as kv_score has it and as it is stored.
+// A vector of a new row, as kv_score has it and as it is stored.
 template <class Config, int kSize>
-struct NewRow {
+struct NewVector {
   using State = typename Config::State;
   using KvScore = typename Config::KvScore;
 
   Vector<KvScore, kSize> kv_in, score_in;
+  Vector<float, kSize> bias;
 
-  NewRow() = default;
-  __device__ NewRow(const Request<Config>& r, int t, int column) {
-    const KvScore* row = r.kv_score + int64_t{t} * (2 * Config::kStateDim) + column;
+  NewVector() = default;
+  // From channel `from` of the state on.
+  __device__ NewVector(const Request<Config>& r, int position, int from) {
+    constexpr int S = Config::kStateDim;
+    const KvScore* row = r.kv_score + int64_t{position - r.first_position} * (2 * S) + from;
     kv_in = load<KvScore, kSize>(row);
-    score_in = load<KvScore, kSize>(row + Config::kStateDim);
+    score_in = load<KvScore, kSize>(row + S);
+#pragma unroll
+    for (int v = 0; v < kSize; ++v) bias.x[v] = -0.0f;  // adding +0 would lose a -0
+    if (r.ape != nullptr) {
+      bias = load<float, kSize>(r.ape + position % Config::kRatio * S + from);
+    }
   }
 
   __device__ Vector<State, kSize> kv() const {
@@ -125,8 +164,7 @@ struct NewRow {
     for (int v = 0; v < kSize; ++v) out.x[v] = round_to<State>(to_f32(kv_in.x[v]));
     return out;
   }
-
-  __device__ Vector<State, kSize> score(const Vector<float, kSize>& bias) const {
+  __device__ Vector<State, kSize> score() const {
     Vector<State, kSize> out;
 #pragma unroll
     for (int v = 0; v < kSize; ++v) out.x[v] = round_to<State>(to_f32(score_in.x[v]) + bias.x[v]);
@@ -134,314 +172,232 @@ struct NewRow {
   }
 };
 
-template <class Config, int kSize>
-__device__ __forceinline__ Vector<float, kSize> load_bias(const Request<Config>& r, int position,
-                                                          int column) {
-  if (r.ape == nullptr) {
-    Vector<float, kSize> none;
-#pragma unroll
-    for (int v = 0; v < kSize; ++v) none.x[v] = -0.0f;  // adding +0 would lose a -0
-    return none;
+// By a warp: stores row t of a request. If it is the first of the R rows that go with a window of
+// the output, and the step does not complete that window, its zeros, too.
+template <class Config, int kVector>
+__device__ void write_row(const DecodeParams& p, const Request<Config>& r, int t,
+                          typename Config::Out* out) {
+  using State = typename Config::State;
+  using Out = typename Config::Out;
+  constexpr int R = Config::kRatio, S = Config::kStateDim, D = Config::kHeadDim;
+  constexpr int kVectors = S / (32 * kVector);  // of a lane
+  const int lane = threadIdx.x % 32;
+  if (t % R == 0 && r.first_window + t / R >= r.end_window) {
+    constexpr int kZeros = D / 32;
+    store(out + t / R * D + lane * kZeros, Vector<Out, kZeros>{});
   }
-  return load<float, kSize>(r.ape + (position % Config::kRatio) * Config::kStateDim + column);
+  const int position = r.first_position + t;
+  if (t >= r.num_new || position < 0) return;
+  const TableEntry kv_entry = look_up(p.paging, r.kv_table, position);
+  const TableEntry score_entry = look_up(p.paging, r.score_table, position);
+  NewVector<Config, kVector> row[kVectors];
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    row[i] = NewVector<Config, kVector>(r, position, (32 * i + lane) * kVector);
+  }
+  const uint32_t kv_row = r.row_of(p.paging, kv_entry);
+  const uint32_t score_row = r.row_of(p.paging, score_entry);
+  State* kv = static_cast<State*>(p.kv) + uint64_t{kv_row} * S;
+  State* score = static_cast<State*>(p.score) + uint64_t{score_row} * S;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int column = (32 * i + lane) * kVector;
+    if (kv_row != kNowhere) store(kv + column, row[i].kv());
+    if (score_row != kNowhere) store(score + column, row[i].score());
+  }
 }
 
-// Phase 1: the new rows of one CTA, in its columns. An item is a lane's vector of one row's half.
+// The row groups' partial results of a CTA.
 template <class Config, class Geometry>
-struct RowWriter {
+struct SharedPlan {
   using T = Tile<Config, Geometry>;
-  using State = typename Config::State;
-  using Row = NewRow<Config, T::kVector>;
-  static constexpr int kVectorsPerRow = (Config::kOverlap ? 2 : 1) * T::kLanes;
-
-  const Request<Config>& r;
-  const int first_row;
-  const int num_items;
-  const int slice_column;
-  const Row first_item;  // under way while kv_lens and the tables are read
-
-  __device__ RowWriter(const DecodeParams& p, const Request<Config>& r, int m, int slice_column)
-      : r(r),
-        first_row(m * Config::kRatio),
-        num_items(min(p.next_n - first_row, Config::kRatio) * kVectorsPerRow),
-        slice_column(slice_column),
-        first_item(load_item(min(static_cast<int>(threadIdx.x), num_items - 1))) {}
-
-  __device__ int row_of(int item) const { return first_row + item / kVectorsPerRow; }
-  __device__ int column_of(int item) const {
-    const int half = item % kVectorsPerRow / T::kLanes;
-    return half * Config::kHeadDim + slice_column + item % T::kLanes * T::kVector;
-  }
-  __device__ Row load_item(int item) const { return Row(r, row_of(item), column_of(item)); }
-
-  __device__ void write(const DecodeParams& p) {
-    for (int item = threadIdx.x; item < num_items; item += T::kThreads) {
-      const Row row = item == static_cast<int>(threadIdx.x) ? first_item : load_item(item);
-      const int t = row_of(item), column = column_of(item);
-      if (t >= r.num_new || r.first_position + t < 0) continue;
-      const int position = r.first_position + t;
-      // Every load before the first store, which they could not pass.
-      const int64_t kv_row = r.find_row(p.paging, r.kv_table, position);
-      const int64_t score_row = r.find_row(p.paging, r.score_table, position);
-      const auto score = row.score(load_bias<Config, T::kVector>(r, position, column));
-      if (kv_row != kNowhere) {
-        store(static_cast<State*>(p.kv) + kv_row * Config::kStateDim + column, row.kv());
-      }
-      if (score_row != kNowhere) {
-        store(static_cast<State*>(p.score) + score_row * Config::kStateDim + column, score);
-      }
-    }
-  }
+  alignas(16) float partials[T::kRowGroups][T::kPartialStride];  // max, sum, weighted: [kColumns]
 };
 
-// Phase 3: a lane's part of the reduction of one window.
+// One thread's part of one window.
 template <class Config, class Geometry>
 struct WindowReducer {
   using T = Tile<Config, Geometry>;
   using State = typename Config::State;
   using StateVector = Vector<State, T::kVector>;
+  using Out = typename Config::Out;
+  static constexpr int R = Config::kRatio, S = Config::kStateDim;
+
+  const DecodeParams& p;
+  const Request<Config>& r;
+  const int window;
+  const int begin;  // position of the first reduced row; negative where there is none
+  const int row_group;
+  const int column;  // of D
+  Partial<T::kVector> partial;
+
+  __device__ WindowReducer(const DecodeParams& p, const Request<Config>& r, int window,
+                           int slice_column)
+      : p(p),
+        r(r),
+        window(window),
+        begin(static_cast<int>((window + 1u) * R - Config::kReducedRows)),
+        row_group(threadIdx.x / T::kLanes),
+        column(slice_column + threadIdx.x % T::kLanes * T::kVector) {}
+
+  // Where windows overlap, the window before this one contributes the first half of its rows.
+  __device__ int column_at(uint32_t position) const {
+    return Config::kOverlap && position >= window * uint32_t{R} ? Config::kHeadDim + column
+                                                                : column;
+  }
+
+  // What has been loaded of one of the window's new rows.
+  struct NewRow {
+    bool exists = false;
+    NewVector<Config, T::kVector> vector;
+    TableEntry kv_entry, score_entry;
+  };
+  __device__ NewRow load_new_row(int number) const {
+    NewRow row;
+    const uint32_t position = max(max(begin, r.first_position), 0) + static_cast<uint32_t>(number);
+    // Of a window that is not completed nothing is used, but its rows may not be there to load.
+    if (position >= (window + 1u) * R || position - r.first_position >= r.num_new) return row;
+    row.exists = true;
+    row.vector = NewVector<Config, T::kVector>(r, position, column_at(position));
+    row.kv_entry = look_up(p.paging, r.kv_table, position);
+    row.score_entry = look_up(p.paging, r.score_table, position);
+    return row;
+  }
+  __device__ void add(const NewRow& row) {
+    if (!row.exists || r.row_of(p.paging, row.kv_entry) == kNowhere ||
+        r.row_of(p.paging, row.score_entry) == kNowhere) {
+      return;
+    }
+    const StateVector kv[1] = {row.vector.kv()}, score[1] = {row.vector.score()};
+    partial.add(kv, score);
+  }
+
+  // This lane's stored rows: neighbours, on one page (the launch sees to it).
+  struct StoredRows {
+    int count;
+    TableEntry kv_entry, score_entry;
+    const State* kv;
+    const State* score;
+  };
+  __device__ StoredRows look_up_stored_rows() const {
+    StoredRows rows;
+    const int first = begin + row_group * T::kRowsPerLane;
+    rows.count = first >= 0 ? min(r.first_position - first, T::kRowsPerLane) : 0;
+    rows.kv_entry = look_up(p.paging, r.kv_table, max(first, 0));
+    rows.score_entry = look_up(p.paging, r.score_table, max(first, 0));
+    return rows;
+  }
+  __device__ void find(StoredRows& rows) const {
+    const uint32_t kv_row = r.row_of(p.paging, rows.kv_entry);
+    const uint32_t score_row = r.row_of(p.paging, rows.score_entry);
+    if (kv_row == kNowhere || score_row == kNowhere) rows.count = 0;
+    const int from = column_at(begin + row_group * T::kRowsPerLane);
+    rows.kv = static_cast<const State*>(p.kv) + uint64_t{kv_row} * S + from;
+    rows.score = static_cast<const State*>(p.score) + uint64_t{score_row} * S + from;
+  }
+
   struct Step {
     StateVector kv[T::kRowsPerStep];
     StateVector score[T::kRowsPerStep];
   };
-
-  const DecodeParams& p;
-  const Request<Config>& r;
-  SharedPlan<Config, Geometry>& smem;
-  const int warp, abreast;  // this lane's rows are those of its group: abreast in its warp
-  const int begin;          // position of the first reduced row; negative where there is none
-  const int column;         // of D
-  Partial<T::kVector> partial;
-
-  __device__ WindowReducer(const DecodeParams& p, const Request<Config>& r,
-                           SharedPlan<Config, Geometry>& smem, int window, int column)
-      : p(p),
-        r(r),
-        smem(smem),
-        warp(threadIdx.x / 32),
-        abreast(threadIdx.x % 32 / T::kLanes),
-        begin(static_cast<int>((window + 1u) * Config::kRatio - Config::kReducedRows)),
-        column(column) {}
-
-  // Reduced row i of the window belongs to group i % kGroups.
-  __device__ int group() const { return warp * T::kRowsAbreast + abreast; }
-
-  // Where windows overlap, the window before this one contributes the first half of its rows.
-  __device__ int column_of(int i) const {
-    return Config::kOverlap && i >= Config::kRatio ? Config::kHeadDim + column : column;
-  }
-
-  // Looks up this warp's rows, each once. A row exists if both pools have it.
-  __device__ void find_rows() {
-    for (int s = threadIdx.x % 32; s < T::kRowsPerWarp; s += 32) {
-      const int i =
-          (s / T::kRowsAbreast * Geometry::kWarps + warp) * T::kRowsAbreast + s % T::kRowsAbreast;
-      const int position = begin + i;
-      const int looked_up = max(position, 0);  // both loads without a branch between them
-      const int64_t kv_row = r.find_row(p.paging, r.kv_table, looked_up);
-      const int64_t score_row = r.find_row(p.paging, r.score_table, looked_up);
-      const bool exists = (position >= 0) & (kv_row != kNowhere) & (score_row != kNowhere);
-      smem.kv_row[warp][s] = !exists ? kNowhere : position < r.first_position ? kv_row : kNew;
-      smem.score_row[warp][s] = score_row;
-    }
-    __syncwarp();  // this warp's rows, before its lanes use them
-  }
-
-  __device__ int64_t kv_row(int in_lane) const {
-    return smem.kv_row[warp][in_lane * T::kRowsAbreast + abreast];
-  }
-
-  __device__ Step load_step(int step) const {
-    Step rows;
+  __device__ static Step load_step(const StoredRows& rows, int first) {
+    Step step;
 #pragma unroll
     for (int j = 0; j < T::kRowsPerStep; ++j) {
-      const int in_lane = step * T::kRowsPerStep + j;
-      const int64_t row = kv_row(in_lane);
-      const int64_t score_row = smem.score_row[warp][in_lane * T::kRowsAbreast + abreast];
-      const int from = column_of(in_lane * T::kGroups + group());
-      if (row >= 0) {
-        rows.score[j] = load<State, T::kVector>(static_cast<const State*>(p.score) +
-                                                score_row * Config::kStateDim + from);
-        rows.kv[j] = load<State, T::kVector>(static_cast<const State*>(p.kv) +
-                                             row * Config::kStateDim + from);
-      } else {
-#pragma unroll
-        for (int v = 0; v < T::kVector; ++v) {
-          rows.score[j].x[v] = round_to<State>(kNegInf);
-          rows.kv[j].x[v] = round_to<State>(0);
-        }
-      }
-    }
-    return rows;
-  }
-
-  template <int kRows>
-  __device__ void reduce(const StateVector (&kv)[kRows], const StateVector (&score)[kRows]) {
-#pragma unroll
-    for (int v = 0; v < T::kVector; ++v) {
-      float max = partial.max[v];
-#pragma unroll
-      for (int j = 0; j < kRows; ++j) max = fmaxf(max, to_f32(score[j].x[v]));
-      partial.raise_max(v, max);
-      const float subtracted = finite_or_zero(max);
-#pragma unroll
-      for (int j = 0; j < kRows; ++j) {
-        const float weight = exp_fast(to_f32(score[j].x[v]) - subtracted);
-        partial.sum[v] += weight;
-        partial.weighted[v] += weight * to_f32(kv[j].x[v]);
-      }
-    }
-  }
-
-  struct PendingRow {
-    int i;  // reduced row; kReducedRows or more: there is none
-    NewRow<Config, T::kVector> row;
-    Vector<float, T::kVector> bias;
-  };
-
-  __device__ PendingRow load_new_row(int i) const {
-    PendingRow pending;
-    pending.i = i;
-    if (i < Config::kReducedRows) {
-      pending.row = NewRow<Config, T::kVector>(r, begin + i - r.first_position, column_of(i));
-      pending.bias = load_bias<Config, T::kVector>(r, begin + i, column_of(i));
-    }
-    return pending;
-  }
-
-  // A group's first new row is under way while the tables are read.
-  __device__ PendingRow load_first_new_row() const {
-    const int first = max(max(r.first_position, 0) - begin, 0);
-    return load_new_row(first + ((group() - first) & (T::kGroups - 1)));
-  }
-
-  __device__ void reduce_new_rows(PendingRow pending) {
-    while (pending.i < Config::kReducedRows) {
-      if (kv_row(pending.i / T::kGroups) == kNew) {
-        const StateVector kv[1] = {pending.row.kv()};
-        const StateVector score[1] = {pending.row.score(pending.bias)};
-        reduce(kv, score);
-      }
-      pending = load_new_row(pending.i + T::kGroups);
-    }
-  }
-
-  __device__ void merge_rows_abreast() {
-    if constexpr (T::kRowsAbreast > 1) {
 #pragma unroll
       for (int v = 0; v < T::kVector; ++v) {
-        float max = partial.max[v];
-#pragma unroll
-        for (int offset = T::kLanes; offset < 32; offset *= 2) {
-          max = fmaxf(max, __shfl_xor_sync(~0u, max, offset));
-        }
-        partial.raise_max(v, max);
-#pragma unroll
-        for (int offset = T::kLanes; offset < 32; offset *= 2) {
-          partial.sum[v] += __shfl_xor_sync(~0u, partial.sum[v], offset);
-          partial.weighted[v] += __shfl_xor_sync(~0u, partial.weighted[v], offset);
-        }
+        step.score[j].x[v] = round_to<State>(kNegInf);
+        step.kv[j].x[v] = round_to<State>(0);
       }
+      if (first + j < rows.count) {
+        step.score[j] = load_once<State, T::kVector>(rows.score + (first + j) * S);
+        step.kv[j] = load_once<State, T::kVector>(rows.kv + (first + j) * S);
+      }
+    }
+    return step;
+  }
+
+  // Merges the row groups, and stores the slice's values.
+  __device__ void store_merged(SharedPlan<Config, Geometry>& smem, Out* out) const {
+    float* mine = smem.partials[row_group] + threadIdx.x % T::kLanes * T::kVector;
+    store(mine, partial.max);
+    store(mine + T::kColumns, partial.sum);
+    store(mine + 2 * T::kColumns, partial.weighted);
+    __syncthreads();  // the partial results of every row group, before any thread merges them
+    constexpr int kPerThread = T::kRowGroups / T::kMergers;
+    const int first = threadIdx.x % T::kMergers;
+    for (int c = threadIdx.x / T::kMergers; c < T::kColumns; c += T::kThreads / T::kMergers) {
+      float max[kPerThread], highest = kNegInf;
+#pragma unroll
+      for (int k = 0; k < kPerThread; ++k) {
+        max[k] = smem.partials[first + k * T::kMergers][c];
+        highest = fmaxf(highest, max[k]);
+      }
+#pragma unroll
+      for (int offset = 1; offset < T::kMergers; offset *= 2) {
+        highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, offset));
+      }
+      const float subtracted = finite(highest);
+      float sum = 0, weighted = 0;
+#pragma unroll
+      for (int k = 0; k < kPerThread; ++k) {
+        const float* from = smem.partials[first + k * T::kMergers] + c;
+        const float scale = exp_fast(max[k] - subtracted);
+        sum += scale * from[T::kColumns];
+        weighted += scale * from[2 * T::kColumns];
+      }
+#pragma unroll
+      for (int offset = 1; offset < T::kMergers; offset *= 2) {
+        sum += __shfl_xor_sync(~0u, sum, offset);
+        weighted += __shfl_xor_sync(~0u, weighted, offset);
+      }
+      if (first == 0) out[c] = round_to<Out>(quotient(weighted, sum));
     }
   }
 };
 
-// Merges the warps' partials, and stores the slice's values.
 template <class Config, class Geometry>
-__device__ void store_merged(SharedPlan<Config, Geometry>& smem,
-                             const Partial<Tile<Config, Geometry>::kVector>& partial,
-                             typename Config::Out* out) {
-  using T = Tile<Config, Geometry>;
-  using Out = typename Config::Out;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int lane_column = lane % T::kLanes * T::kVector;
-  if constexpr (Geometry::kWarps == 1) {
-    if (lane >= T::kLanes) return;
-    Vector<Out, T::kVector> value;
-#pragma unroll
-    for (int v = 0; v < T::kVector; ++v) value.x[v] = round_to<Out>(partial.value(v));
-    store(out + lane_column, value);
-  } else {
-    if (lane < T::kLanes) {
-#pragma unroll
-      for (int v = 0; v < T::kVector; ++v) {
-        smem.max[warp][lane_column + v] = partial.max[v];
-        smem.sum[warp][lane_column + v] = partial.sum[v];
-        smem.weighted[warp][lane_column + v] = partial.weighted[v];
-      }
-    }
-    __syncthreads();  // the partials of every warp, before any thread merges them
-    for (int c = threadIdx.x; c < T::kColumns; c += T::kThreads) {
-      float max = kNegInf;
-#pragma unroll
-      for (int w = 0; w < Geometry::kWarps; ++w) max = fmaxf(max, smem.max[w][c]);
-      Partial<1> all;
-#pragma unroll
-      for (int w = 0; w < Geometry::kWarps; ++w) {
-        const float scale = exp_fast(smem.max[w][c] - finite_or_zero(max));
-        all.sum[0] += scale * smem.sum[w][c];
-        all.weighted[0] += scale * smem.weighted[w][c];
-      }
-      out[c] = round_to<Out>(all.value(0));
-    }
-  }
-}
-
-template <class Config, class Geometry>
-__global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads)
-    paged_kv_compress_kernel(const __grid_constant__ DecodeParams p) {
+__global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads,
+                                  Tile<Config, Geometry>::kMinCtas)
+    paged_kv_compress_kernel(const __grid_constant__ DecodeParams p,
+                             const __grid_constant__ Divisor ctas_per_request) {
   using T = Tile<Config, Geometry>;
   using Out = typename Config::Out;
   __shared__ SharedPlan<Config, Geometry> smem;
 
-  const uint32_t index = blockIdx.x / T::kSlices;
-  const int slice_column = static_cast<int>(blockIdx.x % T::kSlices) * T::kColumns;
-  const int m = blockIdx.z * gridDim.y + blockIdx.y;
-  if (m >= p.num_windows) return;
-  const Request<Config> r = request_at<Config>(p, index);
-  RowWriter<Config, Geometry> writer(p, r, m, slice_column);
-
+  const uint32_t index = blockIdx.x / ctas_per_request;
+  const int part = blockIdx.x - index * ctas_per_request.value;
+  const Request<Config> r = request_at<Config>(p, blockIdx.z, index);
   Out* out = static_cast<Out*>(p.kv_comp) +
-             (int64_t{index} * p.num_windows + m) * Config::kHeadDim + slice_column;
-  const int window = r.first_window + m;
-  const int lane_column = threadIdx.x % T::kLanes * T::kVector;
-  WindowReducer<Config, Geometry> reducer(p, r, smem, window, slice_column + lane_column);
-  typename WindowReducer<Config, Geometry>::PendingRow new_row;
-  typename WindowReducer<Config, Geometry>::Step rows;
-  const bool completed = window < r.end_window;
-  if (completed) {
-    new_row = reducer.load_first_new_row();
-    reducer.find_rows();
-    rows = reducer.load_step(0);
-  }
-  writer.write(p);
-  if (!completed) {
-#pragma unroll 1
-    for (int c = threadIdx.x; c < T::kColumns; c += T::kThreads) out[c] = round_to<Out>(0.0f);
+             (int64_t{blockIdx.z} * p.batch + index) * p.num_windows * Config::kHeadDim;
+  // The unlikely branches out of the way: what is fetched in vain costs as much as what is run.
+  if (__builtin_expect(part >= T::kSlices, 0)) {
+    const int t = (part - T::kSlices) * Geometry::kWarps + threadIdx.x / 32;
+    if (t < p.next_n && blockIdx.y == 0) write_row<Config, T::kRowVector>(p, r, t, out);
     return;
   }
-  reducer.reduce_new_rows(new_row);  // while the stored ones arrive
-  if constexpr (Geometry::kPrefetch) {
-    // Two buffers by name: copying one to the other would wait for its loads.
-    static_assert(T::kSteps % 2 == 0);
+  const int window = r.first_window + blockIdx.y;
+  const int slice_column = part * T::kColumns;
+  WindowReducer<Config, Geometry> reducer(p, r, window, slice_column);
+  auto stored = reducer.look_up_stored_rows();
+  const auto new_row = reducer.load_new_row(reducer.row_group);
+  if (__builtin_expect(window >= r.end_window, 0)) return;  // only now: the lookups do not wait
+  reducer.find(stored);
+  auto rows = reducer.load_step(stored, 0);
+  reducer.add(new_row);
 #pragma unroll 1
-    for (int step = 0; step < T::kSteps; step += 2) {
-      const auto next = reducer.load_step(step + 1);
-      reducer.reduce(rows.kv, rows.score);
-      if (step + 2 < T::kSteps) rows = reducer.load_step(step + 2);
-      reducer.reduce(next.kv, next.score);
-    }
-  } else {
-#pragma unroll 1
-    for (int step = 1; step < T::kSteps; ++step) {
-      reducer.reduce(rows.kv, rows.score);
-      rows = reducer.load_step(step);
-    }
-    reducer.reduce(rows.kv, rows.score);
+  for (int number = reducer.row_group + T::kRowGroups;; number += T::kRowGroups) {
+    const auto another = reducer.load_new_row(number);  // there seldom is one
+    if (!another.exists) break;
+    reducer.add(another);
   }
-  reducer.merge_rows_abreast();
-
-  store_merged<Config, Geometry>(smem, reducer.partial, out);
+#pragma unroll 1
+  for (int first = 0;;) {
+    reducer.partial.add(rows.kv, rows.score);
+    if ((first += T::kRowsPerStep) == T::kRowsPerLane) break;
+    rows = reducer.load_step(stored, first);
+  }
+  reducer.store_merged(smem, out + int64_t{blockIdx.y} * Config::kHeadDim + slice_column);
 }
 
 }  // namespace jax_dsv4

@@ -22,23 +22,23 @@ struct DecodeParams {
   const int32_t* q_lens;        // [G or 1, B]; null: next_n for every request
   void* kv_comp;                // [G, B, num_windows, D], every element written
 
-  int32_t num_requests;  // G * B
+  int32_t num_groups;  // G
+  int32_t batch;       // B
   int32_t next_n;
-  Divisor batch;          // B
-  int64_t rows_per_pool;  // num_pages * page_size
-  int32_t num_windows;    // ceil(next_n / R), the most that one step can complete
+  uint32_t rows_per_pool;  // num_pages * page_size
+  int32_t num_windows;     // ceil(next_n / R), the most that one step can complete
   Paging paging;
 
-  // Whether the operand is one per group.
-  bool kv_score_per_group, ape_per_group, kv_tables_per_group, score_tables_per_group;
-  bool kv_lens_per_group, q_lens_per_group;
+  // From a group to the next, in requests: B, or 0 where all groups share the operand.
+  int32_t kv_score_stride, kv_tables_stride, score_tables_stride, kv_lens_stride, q_lens_stride;
+  int32_t ape_stride;  // in arrays [R, S]: 1 or 0
 };
 
 template <class Config>
 struct Request {
   using KvScore = typename Config::KvScore;
 
-  int64_t pool_row;            // its group's first row in `kv` and `score`
+  uint32_t pool_row;           // its group's first row in `kv` and `score`
   const KvScore* kv_score;     // [next_n, 2 S]
   const float* ape;            // [R, S] or null
   const int32_t* kv_table;     // [max_pages]
@@ -48,25 +48,28 @@ struct Request {
   int32_t first_window;        // the first window that this step completes
   int32_t end_window;          // one past the last; end == first: none
 
-  // The row behind `position`, in units of rows of `kv` or `score`, or kNowhere.
-  JAX_DSV4_HD int64_t find_row(const Paging& paging, const int32_t* table, int32_t position) const {
-    const int64_t row = jax_dsv4::find_row(paging, table, position);
-    return row == kNowhere ? kNowhere : pool_row + row;
+  // The row behind a table's entry, or kNowhere if there is no such page. No entry leads outside
+  // the pool.
+  JAX_DSV4_HD uint32_t row_of(const Paging& paging, TableEntry entry) const {
+    return entry.page < paging.num_pages
+               ? pool_row + entry.page * paging.page_size.value + entry.slot
+               : kNowhere;
+  }
+  JAX_DSV4_HD uint32_t find_row(const Paging& paging, const int32_t* table,
+                                int32_t position) const {
+    return row_of(paging, look_up(paging, table, position));
   }
 };
 
-// The view of request `index` of G * B.
 template <class Config>
-JAX_DSV4_HD Request<Config> request_at(const DecodeParams& p, uint32_t index) {
-  const uint32_t group = index / p.batch;
-  const uint32_t in_group = index - group * p.batch.value;
-  const auto row_of = [&](bool per_group) -> int64_t { return per_group ? index : in_group; };
+JAX_DSV4_HD Request<Config> request_at(const DecodeParams& p, uint32_t group, uint32_t index) {
+  const auto row_of = [&](int32_t stride) { return int64_t{group} * stride + index; };
 
   Request<Config> r;
-  const int32_t length = p.kv_lens[row_of(p.kv_lens_per_group)];
+  const int32_t length = p.kv_lens[row_of(p.kv_lens_stride)];
   int32_t n = p.next_n;
   if (p.q_lens != nullptr) {
-    const int32_t q_len = p.q_lens[row_of(p.q_lens_per_group)];
+    const int32_t q_len = p.q_lens[row_of(p.q_lens_stride)];
     n = q_len < n ? q_len : n;
   }
   r.num_new = length > 0 && n > 0 ? n : 0;
@@ -74,15 +77,15 @@ JAX_DSV4_HD Request<Config> request_at(const DecodeParams& p, uint32_t index) {
   r.first_window = (r.first_position > 0 ? r.first_position : 0) / Config::kRatio;
   r.end_window = r.num_new > 0 ? length / Config::kRatio : r.first_window;
 
-  r.pool_row = int64_t{group} * p.rows_per_pool;
+  r.pool_row = group * p.rows_per_pool;
   r.kv_score = static_cast<const typename Config::KvScore*>(p.kv_score) +
-               row_of(p.kv_score_per_group) * p.next_n * (2 * Config::kStateDim);
+               row_of(p.kv_score_stride) * p.next_n * (2 * Config::kStateDim);
   r.ape = p.ape;
-  if (p.ape != nullptr && p.ape_per_group) {
-    r.ape += int64_t{group} * (Config::kRatio * Config::kStateDim);
+  if (p.ape != nullptr) {
+    r.ape += int64_t{group} * p.ape_stride * (Config::kRatio * Config::kStateDim);
   }
-  r.kv_table = p.kv_tables + row_of(p.kv_tables_per_group) * p.paging.max_pages;
-  r.score_table = p.score_tables + row_of(p.score_tables_per_group) * p.paging.max_pages;
+  r.kv_table = p.kv_tables + row_of(p.kv_tables_stride) * p.paging.max_pages;
+  r.score_table = p.score_tables + row_of(p.score_tables_stride) * p.paging.max_pages;
   return r;
 }
 

@@ -26,14 +26,14 @@ void write_rows(const DecodeParams& p, const Request<Config>& r) {
     const auto* kv_in = r.kv_score + int64_t{t} * (2 * S);
     const auto* score_in = kv_in + S;
     const float* ape = r.ape == nullptr ? nullptr : r.ape + (position % Config::kRatio) * S;
-    const int64_t kv_row = r.find_row(p.paging, r.kv_table, position);
-    const int64_t score_row = r.find_row(p.paging, r.score_table, position);
+    const uint32_t kv_row = r.find_row(p.paging, r.kv_table, position);
+    const uint32_t score_row = r.find_row(p.paging, r.score_table, position);
     if (kv_row != kNowhere) {
-      State* out = static_cast<State*>(p.kv) + kv_row * S;
+      State* out = static_cast<State*>(p.kv) + int64_t{kv_row} * S;
       for (int c = 0; c < S; ++c) out[c] = round_to<State>(to_f32(kv_in[c]));
     }
     if (score_row != kNowhere) {
-      State* out = static_cast<State*>(p.score) + score_row * S;
+      State* out = static_cast<State*>(p.score) + int64_t{score_row} * S;
       for (int c = 0; c < S; ++c) {
         const float score = to_f32(score_in[c]);
         out[c] = round_to<State>(ape == nullptr ? score : score + ape[c]);  // adding 0 loses -0
@@ -59,12 +59,12 @@ void reduce_window(const DecodeParams& p, const Request<Config>& r, int32_t wind
   for (int i = 0; i < Config::kReducedRows; ++i) {
     const int32_t position = end - Config::kReducedRows + i;
     if (position < 0) continue;  // the window before the first one
-    const int64_t kv_row = r.find_row(p.paging, r.kv_table, position);
-    const int64_t score_row = r.find_row(p.paging, r.score_table, position);
+    const uint32_t kv_row = r.find_row(p.paging, r.kv_table, position);
+    const uint32_t score_row = r.find_row(p.paging, r.score_table, position);
     if (kv_row == kNowhere || score_row == kNowhere) continue;
     const int column = Config::kOverlap && i >= Config::kRatio ? D : 0;
-    rows[num_rows++] = {static_cast<const State*>(p.kv) + kv_row * S + column,
-                        static_cast<const State*>(p.score) + score_row * S + column};
+    rows[num_rows++] = {static_cast<const State*>(p.kv) + int64_t{kv_row} * S + column,
+                        static_cast<const State*>(p.score) + int64_t{score_row} * S + column};
   }
   float max[D], sum[D] = {}, weighted[D] = {};
   std::fill(max, max + D, kNegInf);
@@ -82,12 +82,13 @@ void reduce_window(const DecodeParams& p, const Request<Config>& r, int32_t wind
   for (int d = 0; d < D; ++d) out[d] = round_to<Out>(sum[d] == 0 ? 0.0f : weighted[d] / sum[d]);
 }
 
+// Request `index` of G * B.
 template <class Config>
-void decode_request(const DecodeParams& p, uint32_t index) {
+void decode_request(const DecodeParams& p, int64_t index) {
   using Out = typename Config::Out;
-  const Request<Config> r = request_at<Config>(p, index);
+  const auto r = request_at<Config>(p, index / p.batch, index % p.batch);
   write_rows(p, r);
-  Out* out = static_cast<Out*>(p.kv_comp) + int64_t{index} * p.num_windows * Config::kHeadDim;
+  Out* out = static_cast<Out*>(p.kv_comp) + index * p.num_windows * Config::kHeadDim;
   for (int32_t m = 0; m < p.num_windows; ++m, out += Config::kHeadDim) {
     const int32_t window = r.first_window + m;
     if (window < r.end_window) {
@@ -102,12 +103,13 @@ void decode_request(const DecodeParams& p, uint32_t index) {
 // last.
 template <class Config>
 ffi::Future decode_batch(ffi::ThreadPool pool, const DecodeParams& p) {
-  const int64_t num_tasks = std::clamp<int64_t>(4 * pool.num_threads(), 1, p.num_requests);
+  const int64_t num_requests = int64_t{p.num_groups} * p.batch;
+  const int64_t num_tasks = std::clamp<int64_t>(4 * pool.num_threads(), 1, num_requests);
   ffi::CountDownPromise promise(num_tasks);
   ffi::Future future(promise);
   for (int64_t task = 0; task < num_tasks; ++task) {
-    const int64_t begin = int64_t{p.num_requests} * task / num_tasks;
-    const int64_t end = int64_t{p.num_requests} * (task + 1) / num_tasks;
+    const int64_t begin = num_requests * task / num_tasks;
+    const int64_t end = num_requests * (task + 1) / num_tasks;
     pool.Schedule([p, begin, end, promise]() mutable {
       for (int64_t i = begin; i < end; ++i) decode_request<Config>(p, i);
       promise.CountDown();

@@ -15,7 +15,7 @@ nb::list geometries_of() {
   nb::list out;
   visit_any(typename GeometriesOf<Shape::kRatio>::List{}, [&](auto g) {
     using G = decltype(g);
-    out.append(nb::make_tuple(G::kWarps, G::kLanes, G::kRowsPerStep, G::kPrefetch, G::kBaseline));
+    out.append(nb::make_tuple(G::kWarps, G::kLanes, G::kRowsPerStep, G::kMinCtas, G::kBaseline));
     return false;
   });
   return out;

@@ -213,6 +213,7 @@ ffi::Error check_and_run(const DecodeCall& call, Run&& run) {
   const Operands& o = call.operands;
   const Attributes& a = call.attributes;
   constexpr int64_t kInt32Max = std::numeric_limits<int32_t>::max();
+  constexpr int64_t kMaxRows = (int64_t{1} << 32) - 16;  // kNowhere is none of them
   const auto dims = o.kv.dimensions();
   const auto rank = [](ffi::AnyBuffer x) { return x.dimensions().size(); };
   OperandChecker check;
@@ -243,15 +244,18 @@ ffi::Error check_and_run(const DecodeCall& call, Run&& run) {
     DecodeParams p;
     check.per_group("state.kv", o.kv, a.state_dtype, {num_pages, page_size, S});
     check.per_group("state.score", o.score, a.state_dtype, {num_pages, page_size, S});
-    p.kv_score_per_group =
-        check.maybe_shared("kv_score", o.kv_score, a.kv_score_dtype, {batch, a.next_n, 2 * S});
-    p.ape_per_group =
+    const auto stride = [&](bool per_group) { return per_group ? static_cast<int32_t>(batch) : 0; };
+    p.kv_score_stride = stride(
+        check.maybe_shared("kv_score", o.kv_score, a.kv_score_dtype, {batch, a.next_n, 2 * S}));
+    p.ape_stride =
         check.maybe_shared("ape", o.ape, ffi::DataType::F32, {has_ape ? C::kRatio : 0, S});
-    p.kv_tables_per_group = check.maybe_shared("kv_tables", o.kv_tables, kI32, {batch, max_pages});
-    p.score_tables_per_group =
-        check.maybe_shared("score_tables", o.score_tables, kI32, {batch, max_pages});
-    p.kv_lens_per_group = check.maybe_shared("kv_lens", o.kv_lens, kI32, {batch});
-    p.q_lens_per_group = check.maybe_shared("q_lens", o.q_lens, kI32, {has_q_lens ? batch : 0});
+    p.kv_tables_stride =
+        stride(check.maybe_shared("kv_tables", o.kv_tables, kI32, {batch, max_pages}));
+    p.score_tables_stride =
+        stride(check.maybe_shared("score_tables", o.score_tables, kI32, {batch, max_pages}));
+    p.kv_lens_stride = stride(check.maybe_shared("kv_lens", o.kv_lens, kI32, {batch}));
+    p.q_lens_stride =
+        stride(check.maybe_shared("q_lens", o.q_lens, kI32, {has_q_lens ? batch : 0}));
     check.per_group("state.kv result", o.kv_out, a.state_dtype, {num_pages, page_size, S});
     check.per_group("state.score result", o.score_out, a.state_dtype, {num_pages, page_size, S});
     check.per_group("kv_comp", o.kv_comp, a.out_dtype, {batch, num_windows, C::kHeadDim});
@@ -264,6 +268,8 @@ ffi::Error check_and_run(const DecodeCall& call, Run&& run) {
     check.require(page_size >= 1 && page_size <= kInt32Max, "page_size: expected 1 to 2^31 - 1");
     check.require(groups * batch <= kInt32Max && max_pages <= kInt32Max,
                   "kv_tables: requests and max_pages must be below 2^31");
+    check.require(num_pages * page_size <= kMaxRows / std::max<int64_t>(groups, 1),
+                  "state: more than 2^32 - 16 rows");
     if (!check.ok() || groups * batch == 0) return;
 
     p.kv = o.kv.untyped_data();
@@ -275,9 +281,9 @@ ffi::Error check_and_run(const DecodeCall& call, Run&& run) {
     p.kv_lens = static_cast<const int32_t*>(o.kv_lens.untyped_data());
     p.q_lens = has_q_lens ? static_cast<const int32_t*>(o.q_lens.untyped_data()) : nullptr;
     p.kv_comp = o.kv_comp.untyped_data();
-    p.num_requests = static_cast<int32_t>(groups * batch);
-    p.rows_per_pool = num_pages * page_size;
-    p.batch = Divisor(static_cast<uint32_t>(batch));
+    p.num_groups = static_cast<int32_t>(groups);
+    p.batch = static_cast<int32_t>(batch);
+    p.rows_per_pool = static_cast<uint32_t>(num_pages * page_size);
     p.next_n = static_cast<int32_t>(a.next_n);
     p.num_windows = static_cast<int32_t>(num_windows);
     p.paging.page_size = Divisor(static_cast<uint32_t>(page_size));

@@ -31,7 +31,9 @@ JAX_DSV4_HD uint32_t operator/(uint32_t n, const Divisor& d) {
   return (high + n) >> d.shift;
 }
 
-inline constexpr int64_t kNowhere = -1;
+// Rows are counted over the pools of all groups; they are few enough for 32 bits (operands.h), but
+// their elements are not.
+inline constexpr uint32_t kNowhere = ~0u;
 
 struct Paging {
   Divisor page_size;
@@ -39,15 +41,18 @@ struct Paging {
   uint32_t max_pages;  // of one request's table
 };
 
-// The row that `table` ([max_pages]) gives `position` >= 0 in its group's pool, or kNowhere: past
-// the table's end, or on a page that does not exist. No table entry leads outside the pool.
-JAX_DSV4_HD int64_t find_row(const Paging& paging, const int32_t* table, int32_t position) {
+// Where a position is in a request's table: what is loaded, before anything waits for it.
+struct TableEntry {
+  uint32_t page;  // an id, checked by no one yet
+  uint32_t slot;
+};
+
+// The entry of `table` ([max_pages]) for `position` >= 0; past its end, a page that does not exist.
+JAX_DSV4_HD TableEntry look_up(const Paging& paging, const int32_t* table, int32_t position) {
   const uint32_t n = static_cast<uint32_t>(position);
   const uint32_t page = n / paging.page_size;
-  const uint32_t id = page < paging.max_pages ? static_cast<uint32_t>(table[page]) : ~0u;
-  const uint32_t slot = n - page * paging.page_size.value;
-  return id < paging.num_pages ? static_cast<int64_t>(id) * paging.page_size.value + slot
-                               : kNowhere;
+  return {page < paging.max_pages ? static_cast<uint32_t>(table[page]) : ~0u,
+          n - page * paging.page_size.value};
 }
 
 }  // namespace jax_dsv4

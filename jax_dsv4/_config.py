@@ -16,7 +16,7 @@ class Geometry(NamedTuple):
     warps: int
     lanes: int
     rows_per_step: int
-    prefetch: bool
+    min_ctas: int
     baseline: bool
 
 

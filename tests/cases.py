@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from jax_dsv4._config import DTYPES, SHAPES, DTypes, overlaps
+from jax_dsv4._config import DTYPES, SHAPES, DTypes, Geometry, overlaps
 
 INT32_MIN, INT32_MAX = np.iinfo(np.int32).min, np.iinfo(np.int32).max
 
@@ -296,14 +296,25 @@ REWIND = tuple(  # sizes for runs of many steps
 MAPPED = Case(128, 4, 3, F32_IN_BF16_STATE, "ragged", 3)
 MAPPED_BARE = Case(128, 4, 3, F32_IN_BF16_STATE, "no_ape", 3)
 DONATED = Case(128, 4, 2, BF16_IN_F32_STATE, batch=4, page_size=32, max_len=512)
+
+
+def _on_pages_of(geometry: Geometry, case: Case) -> Case:
+    """The case, with a page size that the geometry can serve: a lane's rows are on one page."""
+    reduced_rows = case.ratio * (1 + case.overlap)
+    rows_per_lane = reduced_rows * geometry.lanes // (32 * geometry.warps)
+    if geometry.baseline or case.page_size % rows_per_lane == 0:
+        return case
+    return dataclasses.replace(case, page_size=rows_per_lane)
+
+
 GEOMETRIES = tuple(  # what a call can be told to use, in every configuration and where it is hard
-    (case, index)
+    (_on_pages_of(geometry, case), index)
     for case in [*CONFIGURATIONS, *IN_REGIMES]
     for shape in SHAPES
     if (shape.head_dim, shape.compress_ratio) == (case.head_dim, case.ratio)
-    for index in range(len(shape.geometries))
+    for index, geometry in enumerate(shape.geometries)
     if case in CONFIGURATIONS or case.regime in ("bad_pages", "past_table", "ragged", "short")
     # The baselines, one row at a time, serve no step of more than one window.
-    if case.num_windows == 1 or not shape.geometries[index].baseline
+    if case.num_windows == 1 or not geometry.baseline
 )
 ALL = tuple(dict.fromkeys([*MTP, *CONFIGURATIONS, *NEXT_N, *PAGE_SIZES, *IN_REGIMES]))
