@@ -56,6 +56,9 @@ ffi::Error launch(cudaStream_t stream, const DecodeParams& p) {
 bool misaligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 != 0; }
 
 ffi::Error decode(cudaStream_t stream, const DecodeCall& call) {
+  if (call.attributes.state_format == StateFormat::kPrefix) {
+    return ffi::Error(ffi::ErrorCode::kUnimplemented, "state_format: no prefix on CUDA yet");
+  }
   return check_and_run(call, [&](auto config, const DecodeParams& p) -> ffi::Error {
     using C = decltype(config);
     if (misaligned(p.kv) || misaligned(p.score) || misaligned(p.kv_score) || misaligned(p.ape) ||

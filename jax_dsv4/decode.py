@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_dsv4 import _config, _ffi
-from jax_dsv4.state import STATE_FORMATS, CompressorState
+from jax_dsv4.state import CompressorState
 
 IMPLEMENTATIONS = (None, "ffi", "xla")
 
@@ -126,8 +126,7 @@ def with_geometry(
     """``paged_kv_compress``; benchmarks and tests also name one of the CUDA geometries."""
     if not isinstance(state, CompressorState):
         raise TypeError(f"state: expected a CompressorState, got {type(state).__name__}")
-    if state.format not in STATE_FORMATS:
-        raise ValueError(f"state.format: expected one of {STATE_FORMATS}, got {state.format!r}")
+    _config.check_format("state.format", state.format)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation: expected one of {IMPLEMENTATIONS}, got {implementation!r}"
@@ -137,6 +136,7 @@ def with_geometry(
 
     floats, i32 = ("bfloat16", "float32"), ("int32",)
     kv = _array("state.kv", state.kv, floats, "num_pages", "page_size", "S")
+    _config.check_state_dtype("state.kv", state.format, kv.dtype)
     score = _array("state.score", state.score, (kv.dtype.name,), *kv.shape)
     _, page_size, state_dim = kv.shape
     if page_size < 1:
@@ -168,7 +168,7 @@ def with_geometry(
         names = _config.DTypes(kv_score.dtype.name, kv.dtype.name, out_dtype.name)
         _config.check_compiled(head_dim, compress_ratio, names)
         _ffi.check_available(implementation)
-    static = _ffi.Decode(compress_ratio, overlap, out_dtype, implementation, geometry)
+    static = _ffi.Decode(compress_ratio, overlap, state.format, out_dtype, implementation, geometry)
     # The custom call takes an empty array for none.
     ape = jnp.zeros((0, state_dim), jnp.float32) if ape is None else ape
     q_lens = jnp.zeros((0,), jnp.int32) if q_lens is None else q_lens

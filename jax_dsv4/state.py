@@ -13,7 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_dsv4 import _config
 
-STATE_FORMATS = ("raw",)
+STATE_FORMATS = _config.STATE_FORMATS
 
 
 @jax.tree_util.register_dataclass
@@ -67,8 +67,7 @@ def init_state(
     Raises:
       ValueError, TypeError: an argument is none of the above; the text names it.
     """
-    if format not in STATE_FORMATS:
-        raise ValueError(f"format: expected one of {STATE_FORMATS}, got {format!r}")
+    _config.check_format("format", format)
     if num_pages < 0 or page_size < 1:
         raise ValueError(
             "num_pages, page_size: expected at least 0 and at least 1, "
@@ -76,7 +75,7 @@ def init_state(
         )
     if head_dim < 1:
         raise ValueError(f"head_dim: expected at least 1, got {head_dim}")
-    _config.check_float("dtype", dtype)
+    _config.check_state_dtype("dtype", format, dtype)
     width = head_dim * (2 if _config.overlaps(compress_ratio) else 1)
     shape = (num_pages, page_size, width)
     return CompressorState(jnp.zeros(shape, dtype), jnp.full(shape, -jnp.inf, dtype), format)
