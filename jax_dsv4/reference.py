@@ -10,12 +10,21 @@ from jax import Array
 from jax.typing import DTypeLike
 
 
-def _find_rows(table: Array, positions: Array, num_pages: int, page_size: int):
+def find_rows(table: Array, positions: Array, num_pages: int, page_size: int):
     """(page, slot) of each position in a request's ``table``; page is ``num_pages`` for nowhere."""
     logical = positions // page_size
     page = table.at[logical].get(mode="fill", fill_value=-1, wrap_negative_indices=False)
     exists = (positions >= 0) & (page >= 0) & (page < num_pages)
     return jnp.where(exists, page, num_pages), positions % page_size
+
+
+def read_rows(pool: Array, tables: Array, positions: Array) -> Array:
+    """The rows of ``pool`` at ``positions`` [B, rows] -> [B, rows, S]; 0 where nowhere."""
+    if 0 in (*pool.shape, *tables.shape):
+        return jnp.zeros((*positions.shape, pool.shape[-1]), pool.dtype)
+    find = partial(find_rows, num_pages=pool.shape[0], page_size=pool.shape[1])
+    page, slot = jax.vmap(find)(tables, positions)
+    return pool.at[page, slot].get(mode="fill", fill_value=0)
 
 
 @partial(jax.jit, static_argnames=("compress_ratio", "overlap", "state_format", "out_dtype"))
@@ -45,7 +54,7 @@ def paged_kv_compress(
     num_windows = -(-next_n // ratio)
     if 0 in (batch, num_pages, kv_tables.shape[1]):  # every row is nowhere, and jnp gathers none
         return kv, score, jnp.zeros((batch, num_windows, head_dim), out_dtype)
-    find = jax.vmap(partial(_find_rows, num_pages=num_pages, page_size=page_size))
+    find = jax.vmap(partial(find_rows, num_pages=num_pages, page_size=page_size))
 
     n = jnp.clip(q_lens, 0, next_n) if q_lens.size else jnp.full_like(kv_lens, next_n)
     active = (kv_lens > 0) & (n > 0)
