@@ -185,14 +185,14 @@ RANDOM_SETTINGS = hypothesis.settings(
 )
 
 
-@pytest.mark.parametrize("case", cases.RANDOM, ids=str)
+@pytest.mark.parametrize("case", cases.in_formats(cases.RANDOM), ids=str)
 @RANDOM_SETTINGS
 @hypothesis.given(data=st.data())
 def test_random_tables_and_lengths_agree_with_float64(case, device, data):
     check_all(case, drawn_operands(data, case, st.just(KEEP) | BAD_IDS), device)
 
 
-@pytest.mark.parametrize("case", cases.RANDOM, ids=str)
+@pytest.mark.parametrize("case", cases.in_formats(cases.RANDOM), ids=str)
 @RANDOM_SETTINGS
 @hypothesis.given(data=st.data())
 def test_tables_in_conflict_change_no_other_rows(case, device, data):
