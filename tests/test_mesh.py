@@ -1,5 +1,6 @@
 """Group dimensions over a mesh of 8 CPU devices: equal to one device, in place, no collective."""
 
+import dataclasses
 import functools
 
 import cases
@@ -10,6 +11,8 @@ from cases import OPERAND_NAMES
 from checks import COLLECTIVE, STATE, Results, check_results, step_of
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from jax_dsv4 import CompressorState, raw_to_prefix
 
 SHARED = ("ape",)  # by all groups
 MESHES = {"1-D": {"a": 8}, "2-D": {"a": 4, "b": 2}}
@@ -94,6 +97,25 @@ def test_jit_splits_the_groups(case, sizes, axis_type, in_scope, implementation)
             check_program(program, arrays, case, tuple(sizes.values()))
     else:
         check_program(program, arrays, case, tuple(sizes.values()))
+
+
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+def test_jit_splits_the_groups_of_a_conversion(axis_type):
+    mesh = make_mesh(MESHES["1-D"], AXIS_TYPES[axis_type])
+    case = dataclasses.replace(cases.MAPPED, dtypes=cases.BF16_IN_F32_STATE)
+    operands = dict(zip(OPERAND_NAMES, put(case, mesh, (8,), specs(MESHES["1-D"])), strict=True))
+    state = CompressorState(operands["kv"], operands["score"])
+    convert = functools.partial(raw_to_prefix, compress_ratio=case.ratio)
+    arrays = state, operands["kv_tables"], operands["kv_lens"]
+    program = jax.jit(jax.vmap(convert), donate_argnums=0)
+    alone = [convert(*jax.tree.map(lambda x, i=i: np.asarray(x)[i], arrays)) for i in range(8)]
+    compiled = program.lower(*arrays).compile()
+    assert not COLLECTIVE.findall(compiled.as_text())
+    assert compiled.memory_analysis().alias_size_in_bytes == 2 * state.kv.nbytes // 8
+    got = program(*arrays)
+    for i, want in enumerate(alone):
+        np.testing.assert_array_equal(got.kv[i], want.kv)
+        np.testing.assert_array_equal(got.score[i], want.score)
 
 
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)

@@ -157,7 +157,7 @@ def test_num_compressed_refuses_what_no_step_can_be(static, name):
 README_CODE = re.findall(r"^```python\n(.*?)^```", readme.PATH.read_text(), re.M | re.S)
 
 
-SNIPPETS = ("first screen", "vmap", "mesh", "scan", "export")
+SNIPPETS = ("first screen", "state formats", "vmap", "mesh", "scan", "export")
 
 
 @pytest.mark.parametrize("of", SNIPPETS)
