@@ -115,7 +115,7 @@ def paged_kv_compress(
         value = jnp.where(total == 0, 0, weighted / jnp.where(total == 0, 1, total))
     else:
         # The prefix before the step, and after each new row.
-        before = jnp.where(first_position % ratio == 0, 0, first_position) - 1
+        before = first_position - 1
         exists = (kv_at[0] < num_pages) & (score_at[0] < num_pages)
         means, lses = _scan_prefixes(
             read(kv, score, before), (new_kv, new_score), exists, positions % ratio == 0

@@ -65,10 +65,10 @@ KV = {
 }
 
 
-def window_at_once(shape, implementation, kv, score, device):
+def window_at_once(shape, implementation, kv, score, device, format="prefix"):
     """One step that brings a whole window to each request -> (states of its rows, values)."""
     batch, ratio, _ = kv.shape
-    state = init_state(batch, ratio, head_dim=shape.head_dim, compress_ratio=ratio, format="prefix")
+    state = init_state(batch, ratio, head_dim=shape.head_dim, compress_ratio=ratio, format=format)
     state, kv_score, tables, lens = jax.device_put(
         (
             state,
@@ -128,6 +128,49 @@ def test_prefixes_are_within_the_documented_bound_of_float64(shape, implementati
     assert error[common].max() <= 2e-6
     own = state.kv[:, -1, -shape.head_dim :]  # of the first window: there is none before it
     check_same_bits(values, own)
+
+
+NOT_FINITE = {  # rows of kv and of scores that are, by column
+    "inf": ({1: np.inf}, {}),
+    "-inf first": ({0: -np.inf}, {}),
+    "inf twice": ({0: np.inf, 2: np.inf}, {}),
+    "inf and -inf": ({1: np.inf, 2: -np.inf}, {}),
+    "NaN": ({2: np.nan}, {}),
+    "inf without weight": ({2: np.inf}, {2: -np.inf}),
+    "inf without weight first": ({0: np.inf}, {0: -np.inf}),
+    "inf of too little weight": ({2: np.inf}, {2: -200}),
+    "inf soon of too little weight": ({1: np.inf}, {3: 200}),
+    "a score of inf": ({}, {1: np.inf}),
+    "a score of NaN": ({}, {0: np.nan}),
+    "no weight at all, inf": ({1: np.inf}, dict.fromkeys(range(128), -np.inf)),
+}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", SMALL_SHAPES, ids=lambda shape: f"R{shape.compress_ratio}")
+def test_values_that_are_not_finite_are_those_of_raw(shape, implementation, device):
+    ratio, state_dim = shape.compress_ratio, shape.head_dim * (1 + shape.overlap)
+    kv, score = np.random.default_rng(0).standard_normal((2, 1, ratio, state_dim), np.float32)
+    for column, (kv_rows, score_rows) in enumerate(NOT_FINITE.values()):
+        column -= shape.head_dim  # of the half that the window itself uses
+        for row, value in kv_rows.items():
+            kv[:, row, column] = value
+        for row, value in score_rows.items():
+            score[:, min(row, ratio - 1), column] = value
+    (_, got), (_, want) = (
+        window_at_once(shape, implementation, kv, score, device, format)
+        for format in ("prefix", "raw")
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    assert 0 < np.sum(np.isinf(want)) < np.sum(np.isnan(want)) < len(NOT_FINITE)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_differences_of_large_kv_do_not_overflow(implementation, device):
+    kv = np.full((1, 4, 256), 3e38, np.float32)
+    kv[:, ::2] = -3e38
+    _, values = window_at_once(SMALL_SHAPES[0], implementation, kv, 0 * kv, device)
+    assert np.all(np.abs(values) < 1e38)
 
 
 @pytest.mark.parametrize("shape", SMALL_SHAPES, ids=lambda shape: f"R{shape.compress_ratio}")
