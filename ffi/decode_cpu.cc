@@ -130,6 +130,9 @@ void decode_prefix(const DecodeParams& p, uint32_t index) {
   using Out = typename Config::Out;
   constexpr int D = Config::kHeadDim, R = Config::kRatio, S = Config::kStateDim;
   const Request<Config> r = request_at<Config>(p, index);
+  constexpr int kOwn = S - D;  // the first channel that a window contributes to its own value
+  auto* kv_out = static_cast<float*>(p.kv);
+  auto* score_out = static_cast<float*>(p.score);
   Out* out = static_cast<Out*>(p.kv_comp) + int64_t{index} * p.num_windows * D;
   Prefixes<S> open;    // of the window that the last token is in
   Prefixes<D> before;  // the first half of the window before it, where windows overlap
@@ -162,12 +165,10 @@ void decode_prefix(const DecodeParams& p, uint32_t index) {
         open.mean[c] = merged.mean;
       }
     }
-    if (kv_row != kNowhere) std::copy_n(open.mean, S, static_cast<float*>(p.kv) + kv_row * S);
-    if (score_row != kNowhere)
-      std::copy_n(open.lse, S, static_cast<float*>(p.score) + score_row * S);
+    if (kv_row != kNowhere) std::copy_n(open.mean, S, kv_out + kv_row * S);
+    if (score_row != kNowhere) std::copy_n(open.lse, S, score_out + score_row * S);
     if (position % R != R - 1) continue;
     for (int d = 0; d < D; ++d) {
-      constexpr int kOwn = S - D;  // first channel of the half that a window contributes to its own
       const Prefix own{open.lse[kOwn + d], open.mean[kOwn + d]};
       const Prefix value = Config::kOverlap ? merge({before.lse[d], before.mean[d]}, own) : own;
       *out++ = round_to<Out>(value_of(value));

@@ -73,10 +73,8 @@ def paged_kv_compress(
     window += jnp.arange(num_windows, dtype=jnp.int32)
     completed = active[:, None] & (window < kv_lens[:, None] // ratio)
 
-    columns = (
-        slice(head_dim),
-        slice(-head_dim, None),
-    )  # of the window before, of the window itself
+    # What a window contributes to the next one's value, and to its own.
+    to_next, to_own = slice(head_dim), slice(-head_dim, None)
 
     def read(kv: Array, score: Array, positions: Array, columns: slice = slice(None)):
         """The rows at ``positions`` in f32, 0 and -inf where nowhere. [*positions, columns]"""
@@ -103,9 +101,9 @@ def paged_kv_compress(
             needed = (completed & (window >= 0))[..., None]
             return read(kv, score, jnp.where(needed, positions, -1), columns)
 
-        kv_rows, score_rows = rows_of(window, columns[1])
+        kv_rows, score_rows = rows_of(window, to_own)
         if overlap:
-            before = rows_of(window - 1, columns[0])
+            before = rows_of(window - 1, to_next)
             kv_rows = jnp.concatenate((before[0], kv_rows), axis=2)
             score_rows = jnp.concatenate((before[1], score_rows), axis=2)
         highest = jnp.max(score_rows, axis=2, keepdims=True)
@@ -115,11 +113,10 @@ def paged_kv_compress(
         value = jnp.where(total == 0, 0, weighted / jnp.where(total == 0, 1, total))
     else:
         # The prefix before the step, and after each new row.
-        before = first_position - 1
+        before = read(kv, score, first_position - 1)
         exists = (kv_at[0] < num_pages) & (score_at[0] < num_pages)
-        means, lses = _scan_prefixes(
-            read(kv, score, before), (new_kv, new_score), exists, positions % ratio == 0
-        )
+        starts = positions % ratio == 0
+        means, lses = _scan_prefixes(before, (new_kv, new_score), exists, starts)
 
         # Those after each window's last row, of this step or of one before it.
         def last_of(window: Array, columns: slice) -> tuple[Array, Array]:
@@ -131,9 +128,9 @@ def paged_kv_compress(
             new_lse = jnp.take_along_axis(lses[..., columns], row, axis=1)
             return jnp.where(is_new, new_mean, mean), jnp.where(is_new, new_lse, lse)
 
-        mean, lse = last_of(window, columns[1])
+        mean, lse = last_of(window, to_own)
         if overlap:
-            mean, lse = _merge(last_of(window - 1, columns[0]), (mean, lse))
+            mean, lse = _merge(last_of(window - 1, to_next), (mean, lse))
         value = jnp.where(lse == -jnp.inf, 0, mean)
         kv, score = write(kv, score, means, lses)
     return kv, score, jnp.where(completed[..., None], value, 0).astype(out_dtype)

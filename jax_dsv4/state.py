@@ -121,7 +121,7 @@ def live_pages(
     In format ``"raw"``, those of the open window, where windows overlap of the window before it,
     and of the step's own rows. In format ``"prefix"``, those of the step's own rows, of the row
     before them unless it ends a window, and where windows overlap of the last row of the window
-    before. No step from this length or from a greater one reads any other.
+    before. No step from this length or from a greater one reads an earlier page that is not listed.
 
     Args:
       length: of the sequence before the step, without rejected drafts.
