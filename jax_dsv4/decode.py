@@ -124,8 +124,9 @@ def paged_kv_compress(
     and the mean are rounded to f32 once per row, by the compiled kernels in the same way however
     the rows are split into steps. To first order in u = 2^-24, a value is then off by at most
     ``R u (12 + max|lse|) max|kv|``, over the window's rows (one more than R where windows overlap).
-    Measured after 128 normally distributed rows, relative to max|kv|: 4e-7 for scores of a few
-    units, 6e-6 for scores around 100, 7e-4 around 1e4, where f32 leaves a logsumexp three decimals.
+    The largest errors in 20,000 channels after 128 normally distributed rows, relative to max|kv|:
+    9e-7 for scores of a few units, 7e-6 for scores around 100, 2e-3 around 1e4, where f32 leaves a
+    logsumexp three decimals.
 
     Robustness: nothing outside the operands' buffers is read or written, whatever their values. A
     page id outside [0, num_pages) and a logical page past the table are nowhere: rows written there
@@ -134,7 +135,7 @@ def paged_kv_compress(
     ignored. +inf and NaN stay within their channel.
 
     Pages may be shared by requests, as long as within one step no request writes a row that another
-    one writes or reduces; if they do, either value may be seen.
+    one writes or reads; if they do, either value may be seen.
 
     vmap: the mapped axis folds into the batch of one launch. The state is written, so an unmapped
     state is copied once per index, as vmap's meaning demands. Other unmapped operands are not,
