@@ -28,6 +28,14 @@ inline constexpr DType kDTypeOf = DType::kF32;
 template <>
 inline constexpr DType kDTypeOf<bf16> = DType::kBF16;
 
+// What a row of the state holds: the token's own kv and score, or the prefix of its window up to
+// the row (numeric.h). A prefix is rounded once per row, and in less than f32 it would drift.
+enum class StateFormat : uint8_t { kRaw, kPrefix };
+inline constexpr const char* kStateFormatNames[] = {"raw", "prefix"};  // in their order
+constexpr bool may_hold(DType state, StateFormat format) {
+  return format == StateFormat::kRaw || state == DType::kF32;
+}
+
 // A kind of compressor. Overlap is the ratio's for now, but an idea of its own: the windows of an
 // overlapping compressor reach back over the window before them.
 template <int kHeadDim_, int kRatio_, bool kOverlap_>

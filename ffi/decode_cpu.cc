@@ -84,7 +84,7 @@ void reduce_window(const DecodeParams& p, const Request<Config>& r, int32_t wind
 
 // Request `index` of G * B.
 template <class Config>
-void decode_request(const DecodeParams& p, int64_t index) {
+void decode_raw(const DecodeParams& p, int64_t index) {
   using Out = typename Config::Out;
   const auto r = request_at<Config>(p, index / p.batch, index % p.batch);
   write_rows(p, r);
@@ -99,10 +99,90 @@ void decode_request(const DecodeParams& p, int64_t index) {
   }
 }
 
+// A prefix per channel.
+template <int kChannels>
+struct Prefixes {
+  float lse[kChannels];
+  float mean[kChannels];
+
+  void clear() {
+    std::fill(lse, lse + kChannels, Prefix{}.lse);
+    std::fill(mean, mean + kChannels, Prefix{}.mean);
+  }
+};
+
+// Reads the first kChannels of the row at `position` of a state of prefixes; a row that is nowhere
+// holds none.
+template <class Config, int kChannels>
+void read_row(const DecodeParams& p, const Request<Config>& r, int32_t position,
+              Prefixes<kChannels>& out) {
+  constexpr int S = Config::kStateDim;
+  const uint32_t kv_row = r.find_row(p.paging, r.kv_table, position);
+  const uint32_t score_row = r.find_row(p.paging, r.score_table, position);
+  if (kv_row == kNowhere || score_row == kNowhere) return out.clear();
+  std::copy_n(static_cast<const float*>(p.score) + int64_t{score_row} * S, kChannels, out.lse);
+  std::copy_n(static_cast<const float*>(p.kv) + int64_t{kv_row} * S, kChannels, out.mean);
+}
+
+// One token at a time: merges it into the prefix of its window, stores that, and emits the value of
+// a window that it completes. So a row's bits do not depend on which step brought it.
+template <class Config>
+void decode_prefix(const DecodeParams& p, int64_t index) {
+  using Out = typename Config::Out;
+  constexpr int D = Config::kHeadDim, R = Config::kRatio, S = Config::kStateDim;
+  const auto r = request_at<Config>(p, index / p.batch, index % p.batch);
+  constexpr int kOwn = S - D;  // the first channel that a window contributes to its own value
+  auto* kv_out = static_cast<float*>(p.kv);
+  auto* score_out = static_cast<float*>(p.score);
+  Out* out = static_cast<Out*>(p.kv_comp) + index * p.num_windows * D;
+  Prefixes<S> open;    // of the window that the last token is in
+  Prefixes<D> before;  // the first half of the window before it, where windows overlap
+  before.clear();
+
+  const int first = std::max(0, -r.first_position);  // row of kv_score
+  const int32_t start = r.first_position + first;    // its position
+  if (start % R != 0) read_row(p, r, start - 1, open);
+  if (Config::kOverlap && start >= R) read_row(p, r, start - start % R - 1, before);
+
+  for (int t = first; t < r.num_new; ++t) {
+    const int32_t position = r.first_position + t;
+    if (position % R == 0) {
+      if (Config::kOverlap && t > first) {
+        std::copy_n(open.lse, D, before.lse);
+        std::copy_n(open.mean, D, before.mean);
+      }
+      open.clear();
+    }
+    const uint32_t kv_row = r.find_row(p.paging, r.kv_table, position);
+    const uint32_t score_row = r.find_row(p.paging, r.score_table, position);
+    if (kv_row != kNowhere && score_row != kNowhere) {
+      const auto* kv = r.kv_score + int64_t{t} * (2 * S);
+      const auto* score = kv + S;
+      const float* ape = r.ape == nullptr ? nullptr : r.ape + (position % R) * S;
+      for (int c = 0; c < S; ++c) {
+        const float biased = to_f32(score[c]) + (ape == nullptr ? 0.0f : ape[c]);
+        const Prefix merged = merge({open.lse[c], open.mean[c]}, {biased, to_f32(kv[c])});
+        open.lse[c] = merged.lse;
+        open.mean[c] = merged.mean;
+      }
+    }
+    if (kv_row != kNowhere) std::copy_n(open.mean, S, kv_out + int64_t{kv_row} * S);
+    if (score_row != kNowhere) std::copy_n(open.lse, S, score_out + int64_t{score_row} * S);
+    if (position % R != R - 1) continue;
+    for (int d = 0; d < D; ++d) {
+      const Prefix own{open.lse[kOwn + d], open.mean[kOwn + d]};
+      const Prefix value = Config::kOverlap ? merge({before.lse[d], before.mean[d]}, own) : own;
+      *out++ = round_to<Out>(value_of(value));
+    }
+  }
+  std::fill(out, static_cast<Out*>(p.kv_comp) + (index + 1) * p.num_windows * D,
+            round_to<Out>(0.0f));
+}
+
 // Splits the requests into a few tasks per thread of XLA's pool; the future completes with the
 // last.
-template <class Config>
-ffi::Future decode_batch(ffi::ThreadPool pool, const DecodeParams& p) {
+ffi::Future decode_batch(ffi::ThreadPool pool, const DecodeParams& p,
+                         void (*decode_request)(const DecodeParams&, int64_t index)) {
   const int64_t num_requests = int64_t{p.num_groups} * p.batch;
   const int64_t num_tasks = std::clamp<int64_t>(4 * pool.num_threads(), 1, num_requests);
   ffi::CountDownPromise promise(num_tasks);
@@ -110,8 +190,8 @@ ffi::Future decode_batch(ffi::ThreadPool pool, const DecodeParams& p) {
   for (int64_t task = 0; task < num_tasks; ++task) {
     const int64_t begin = num_requests * task / num_tasks;
     const int64_t end = num_requests * (task + 1) / num_tasks;
-    pool.Schedule([p, begin, end, promise]() mutable {
-      for (int64_t i = begin; i < end; ++i) decode_request<Config>(p, i);
+    pool.Schedule([p, decode_request, begin, end, promise]() mutable {
+      for (int64_t i = begin; i < end; ++i) decode_request(p, i);
       promise.CountDown();
     });
   }
@@ -132,7 +212,12 @@ ffi::Future ready(ffi::Error error) {
 ffi::Future decode(ffi::ThreadPool pool, const DecodeCall& call) {
   std::optional<ffi::Future> future;
   ffi::Error error = check_and_run(call, [&](auto config, const DecodeParams& p) {
-    future = decode_batch<decltype(config)>(pool, p);
+    using C = decltype(config);
+    auto* decode_request = decode_raw<C>;
+    if constexpr (may_hold(kDTypeOf<typename C::State>, StateFormat::kPrefix)) {
+      if (call.attributes.state_format == StateFormat::kPrefix) decode_request = decode_prefix<C>;
+    }
+    future = decode_batch(pool, p, decode_request);
     return ffi::Error::Success();
   });
   return future ? std::move(*future) : ready(error);

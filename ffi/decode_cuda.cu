@@ -24,9 +24,9 @@ ffi::Error decode(cudaStream_t stream, const DecodeCall& call) {
         misaligned(p.kv_comp)) {
       return ffi::Error::InvalidArgument("operands: expected 16-byte aligned buffers");
     }
-    const int64_t requested = call.attributes.geometry;
-    const char* problem =
-        launch<C>(stream, p, requested == kAutoGeometry ? choose_geometry<C>(p) : requested);
+    const Attributes& a = call.attributes;
+    const int64_t geometry = a.geometry == kAutoGeometry ? choose_geometry<C>(p) : a.geometry;
+    const char* problem = launch<C>(stream, p, a.state_format, geometry);
     if (problem != nullptr) return ffi::Error::InvalidArgument(problem);
     const cudaError_t status = cudaGetLastError();
     if (status == cudaSuccess) return ffi::Error::Success();

@@ -9,6 +9,7 @@
 #include "baseline.cuh"
 #include "config.h"
 #include "decode.cuh"
+#include "prefix.cuh"
 
 namespace jax_dsv4 {
 
@@ -47,14 +48,24 @@ void launch_kernel(RowAtATime<kWarps>, dim3 grid, cudaStream_t stream, const Dec
   row_at_a_time_kernel<Config, RowAtATime<kWarps>><<<grid, T::kThreads, 0, stream>>>(p);
 }
 
-// Launches the geometry of this index. Returns what is wrong with the call, or null: launch errors
-// proper are left to cudaGetLastError.
+// Launches a step on a state of this format; in the geometry of this index, unless the format has
+// only one. Returns what is wrong with the call, or null: launch errors proper are left to
+// cudaGetLastError.
 template <class Config>
-const char* launch(cudaStream_t stream, const DecodeParams& p, int64_t geometry_index) {
+const char* launch(cudaStream_t stream, const DecodeParams& p, StateFormat format,
+                   int64_t geometry_index) {
   constexpr int64_t kMaxGridX = 2147483647, kMaxGridYZ = 65535;
   if (p.batch > kMaxGridX / (Config::kHeadDim + int64_t{p.next_n}) || p.num_groups > kMaxGridYZ ||
       p.num_windows > kMaxGridYZ) {
     return "batch, next_n: too many requests, rows or groups for one launch";
+  }
+  if constexpr (may_hold(kDTypeOf<typename Config::State>, StateFormat::kPrefix)) {
+    if (format == StateFormat::kPrefix) {
+      using T = PrefixTile<Config>;
+      const dim3 grid(p.batch * T::kSlices, 1, p.num_groups);
+      prefix_kernel<Config><<<grid, T::kThreads, 0, stream>>>(p);
+      return nullptr;
+    }
   }
   const char* problem = nullptr;
   int64_t index = 0;

@@ -1,5 +1,7 @@
 // jax_dsv4._cpu: the CPU handler, and the list of configurations as Python reads it.
 
+#include <iterator>
+
 #include "config.h"
 #include "module.h"
 
@@ -39,8 +41,17 @@ NB_MODULE(_cpu, m) {
                                  name_of(kDTypeOf<typename T::Out>)));
     return false;
   });
-  m.attr("SHAPES") = shapes;  // (head_dim, compress_ratio, overlap, geometries)
-  m.attr("DTYPES") = dtypes;  // (kv_score, state, kv_comp)
+  nb::list formats;
+  for (size_t i = 0; i < std::size(kStateFormatNames); ++i) {
+    nb::list states;
+    for (DType dtype : {DType::kF32, DType::kBF16}) {
+      if (may_hold(dtype, static_cast<StateFormat>(i))) states.append(name_of(dtype));
+    }
+    formats.append(nb::make_tuple(kStateFormatNames[i], states));
+  }
+  m.attr("STATE_FORMATS") = formats;  // (name, dtypes of the state), by value of the attribute
+  m.attr("SHAPES") = shapes;          // (head_dim, compress_ratio, overlap, geometries)
+  m.attr("DTYPES") = dtypes;          // (kv_score, state, kv_comp)
 }
 
 }  // namespace jax_dsv4

@@ -1,6 +1,8 @@
-// Conversions between the element types and f32, on host and device. Rounding is to nearest even.
+// Conversions between the element types and f32, and the arithmetic of prefixes, on host and
+// device. Rounding is to nearest even.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #ifdef __CUDACC__
@@ -48,5 +50,32 @@ inline constexpr float kNegInf = -__builtin_huge_valf();
 
 // A maximum to subtract: with nothing but -inf below it, every weight is exp(-inf) = 0, not NaN.
 JAX_DSV4_HD float finite_or_zero(float max) { return max == kNegInf ? 0.0f : max; }
+
+// Some rows of a window, in one channel: the logsumexp of their scores, and the mean of their kv
+// weighted by softmax. Of one row: its score and kv; of none: -inf and 0.
+struct Prefix {
+  float lse = kNegInf;
+  float mean = 0.0f;
+};
+
+// Of the rows of both. The mean moves from the heavier side towards the other: exact where one has
+// no weight, and where both are equal. As in a softmax over the rows, a score of +inf gives NaN,
+// and so does an infinite kv of weight 0.
+JAX_DSV4_HD Prefix merge(const Prefix& a, const Prefix& b) {
+  const bool swap = b.lse > a.lse;
+  const float high = swap ? b.lse : a.lse, low = swap ? a.lse : b.lse;
+  const float heavy = swap ? b.mean : a.mean, light = swap ? a.mean : b.mean;
+  const float ratio = std::exp(low - finite_or_zero(high));  // of their weights: at most 1
+  const float weight = high == -kNegInf ? NAN : ratio / (1.0f + ratio);  // of `light`
+  const float step = light - heavy;
+  const float mean =
+      std::isfinite(step) ? heavy + step * weight : heavy * (1.0f - weight) + light * weight;
+  return {high + std::log1p(ratio), mean};
+}
+
+// The value of a finished window.
+JAX_DSV4_HD float value_of(const Prefix& window) {
+  return window.lse == kNegInf ? 0.0f : window.mean;
+}
 
 }  // namespace jax_dsv4

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <iterator>
 #include <limits>
 #include <numeric>
 #include <sstream>
@@ -18,6 +19,7 @@
 #include "xla/ffi/api/ffi.h"
 
 XLA_FFI_REGISTER_ENUM_ATTR_DECODING(::xla::ffi::DataType);
+XLA_FFI_REGISTER_ENUM_ATTR_DECODING(::jax_dsv4::StateFormat);
 
 namespace jax_dsv4 {
 
@@ -43,6 +45,7 @@ struct Attributes {
   int64_t compress_ratio;
   int64_t next_n;
   ffi::DataType kv_score_dtype;
+  StateFormat state_format;
   ffi::DataType state_dtype;
   ffi::DataType out_dtype;
   int64_t geometry;  // index into GeometriesOf<compress_ratio>::List; kAutoGeometry: ours to choose
@@ -68,6 +71,7 @@ auto bind_decode(Binding binding) {
       .template Attr<int64_t>("compress_ratio")
       .template Attr<int64_t>("next_n")
       .template Attr<ffi::DataType>("kv_score_dtype")
+      .template Attr<StateFormat>("state_format")
       .template Attr<ffi::DataType>("state_dtype")
       .template Attr<ffi::DataType>("out_dtype")
       .template Attr<int64_t>("geometry");
@@ -86,11 +90,11 @@ inline DecodeCall decode_call(ffi::AnyBuffer kv, ffi::AnyBuffer score, ffi::AnyB
                               ffi::Result<ffi::AnyBuffer> score_out,
                               ffi::Result<ffi::AnyBuffer> kv_comp, int64_t compress_ratio,
                               int64_t next_n, ffi::DataType kv_score_dtype,
-                              ffi::DataType state_dtype, ffi::DataType out_dtype,
-                              int64_t geometry) {
+                              StateFormat state_format, ffi::DataType state_dtype,
+                              ffi::DataType out_dtype, int64_t geometry) {
   return {{kv, score, kv_score, ape, kv_tables, score_tables, kv_lens, q_lens, *kv_out, *score_out,
            *kv_comp},
-          {compress_ratio, next_n, kv_score_dtype, state_dtype, out_dtype, geometry}};
+          {compress_ratio, next_n, kv_score_dtype, state_format, state_dtype, out_dtype, geometry}};
 }
 
 inline std::string dims_text(const std::vector<int64_t>& dims) {
@@ -224,6 +228,8 @@ ffi::Error check_and_run(const DecodeCall& call, Run&& run) {
   check.require(rank(o.q_lens) >= 1, "q_lens: expected [..., batch]");
   check.require(rank(o.kv_comp) >= 2, "kv_comp: expected [..., batch, num_windows, head_dim]");
   check.require(a.next_n >= 1 && a.next_n <= kInt32Max, "next_n: expected 1 to 2^31 - 1");
+  check.require(static_cast<size_t>(a.state_format) < std::size(kStateFormatNames),
+                "state_format: expected 0 (raw) or 1 (prefix)");
   if (!check.ok()) return check.error();
 
   check.set_leading({dims.begin(), dims.end() - 3});
@@ -242,6 +248,9 @@ ffi::Error check_and_run(const DecodeCall& call, Run&& run) {
     const int64_t num_windows = (a.next_n + C::kRatio - 1) / C::kRatio;
 
     DecodeParams p;
+    check.require(
+        may_hold(kDTypeOf<typename C::State>, a.state_format),
+        "state_dtype: expected F32 in this state_format, got " + dtype_text(a.state_dtype));
     check.per_group("state.kv", o.kv, a.state_dtype, {num_pages, page_size, S});
     check.per_group("state.score", o.score, a.state_dtype, {num_pages, page_size, S});
     const auto stride = [&](bool per_group) { return per_group ? static_cast<int32_t>(batch) : 0; };

@@ -10,13 +10,15 @@ if importlib.util.find_spec("jax_dsv4._cpu") is None:
     )
 
 from jax_dsv4._ffi import EXPORT_DISABLED_CHECKS
-from jax_dsv4.decode import paged_kv_compress
+from jax_dsv4.decode import paged_kv_compress, raw_to_prefix
 from jax_dsv4.state import (
     STATE_FORMATS,
     CompressorState,
     init_state,
     layer_tables,
+    live_pages,
     num_compressed,
+    pages_needed,
 )
 
 __all__ = [
@@ -25,6 +27,9 @@ __all__ = [
     "CompressorState",
     "init_state",
     "layer_tables",
+    "live_pages",
     "num_compressed",
     "paged_kv_compress",
+    "pages_needed",
+    "raw_to_prefix",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import sys
 import time
@@ -21,7 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jax_dsv4 import CompressorState, _config, init_state, paged_kv_compress
+from jax_dsv4 import (
+    STATE_FORMATS,
+    CompressorState,
+    _config,
+    init_state,
+    live_pages,
+    paged_kv_compress,
+    pages_needed,
+)
 
 LAYERS = {"flash": (21, 21, 20), "pro": (30, 30, 31)}  # CSA, indexer, HCA
 BATCH, STEPS = {"cpu": 8, "gpu": 64}, {"cpu": 256, "gpu": 512}  # defaults, by platform
@@ -49,7 +58,7 @@ class Kind:
         return _config.overlaps(self.compress_ratio)
 
     def first_needed(self, length: int) -> int:
-        """The first row that a sequence of this accepted length will still read."""
+        """The first token behind the windows that a sequence of this length has yet to complete."""
         return max(length // self.compress_ratio - self.overlap, 0) * self.compress_ratio
 
 
@@ -62,22 +71,23 @@ def kinds_of(model: str) -> tuple[Kind, ...]:
 class PagePool:
     """The pages of one kind's states: a free list, and the block tables filled from it.
 
-    The states of all layers of a kind are alike, so that one table serves them all. Rows behind the
-    windows still open are not kept: the pool is as large as its slots need, however long a request.
+    The states of all layers of a kind are alike, so that one table serves them all. Pages that no
+    step will read are not kept: the pool is as large as its slots need, however long a request.
     """
 
     def __init__(self, kind: Kind, options: argparse.Namespace):
         """All pages free."""
-        # The most rows held at once: the previous window, the open one, a step's tokens.
-        rows = kind.compress_ratio * (1 + kind.overlap) - 1 + options.next_n
-        self.kind, self.page_size = kind, options.page_size
-        self.num_pages = options.batch * ((rows - 2) // self.page_size + 2)  # at any alignment
+        self.kind, self.page_size, self.format = kind, options.page_size, options.state_format
+        in_format = {"compress_ratio": kind.compress_ratio, "format": self.format}
+        self.live_pages = functools.partial(live_pages, page_size=self.page_size, **in_format)
+        self.num_pages = options.batch * pages_needed(
+            self.page_size, next_n=options.next_n, **in_format
+        )
         self.free = deque(range(self.num_pages))  # first in, first out: pages get well mixed
         self.tables = np.full((options.batch, -(-MAX_TOKENS // self.page_size)), -1, np.int32)
 
-    def hold(self, slot: int, start: int, end: int) -> None:
-        """Let ``slot`` own the pages of rows ``start``...``end - 1``, and no other."""
-        needed = range(start // self.page_size, -(-end // self.page_size))
+    def hold(self, slot: int, needed: Sequence[int]) -> None:
+        """Let ``slot`` own the logical pages ``needed``, and no other."""
         table = self.tables[slot]
         for logical in np.flatnonzero(table >= 0):
             if logical not in needed:
@@ -95,6 +105,7 @@ class PagePool:
                 self.page_size,
                 head_dim=self.kind.head_dim,
                 compress_ratio=self.kind.compress_ratio,
+                format=self.format,
             )
             for _ in range(self.kind.layers)
         ]
@@ -154,7 +165,7 @@ class Scheduler:
             request.tokens[request.length : end] = tokens[slot, :n]
             kv_lens[slot], q_lens[slot] = end, n
             for pool in self.pools.values():
-                pool.hold(slot, pool.kind.first_needed(request.length), end)
+                pool.hold(slot, pool.live_pages(request.length, next_n=n))
         # Copies, for JAX may read a NumPy operand after the call has returned.
         tables = {name: pool.tables.copy() for name, pool in self.pools.items()}
         return Plan(tokens, kv_lens, q_lens, tables)
@@ -182,7 +193,7 @@ class Scheduler:
                 self.requests[slot] = None
                 self.finished += 1
                 for pool in self.pools.values():
-                    pool.hold(slot, 0, 0)
+                    pool.hold(slot, ())
 
 
 class Weights(NamedTuple):
@@ -492,6 +503,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--page-size", type=at_least(1), default=32, help="rows per page (default: %(default)s)")
     add("--seed", type=at_least(0), default=0, help="of all that is random (default: %(default)s)")
     add(
+        "--state-format",
+        choices=STATE_FORMATS,
+        default="raw",
+        help="what the states' rows hold: tokens, or prefixes of windows (default: %(default)s)",
+    )
+    add(
         "--implementation",
         choices=("auto", "ffi", "xla"),
         default="auto",
@@ -508,8 +525,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"DeepSeek-V4-{options.model.capitalize()}, compressor calls only: batch {options.batch}, "
         f"next_n {options.next_n}, {options.steps} steps, accept {options.accept}\n"
         f"on {jax.devices()[0].device_kind}, jax {jax.__version__}, "
-        f"implementation {options.implementation}, f32 state, page size {options.page_size}, "
-        f"seed {options.seed}",
+        f"implementation {options.implementation}, {options.state_format} f32 state, "
+        f"page size {options.page_size}, seed {options.seed}",
         flush=True,
     )
     if jax.default_backend() == "cpu":

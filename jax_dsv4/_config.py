@@ -39,6 +39,9 @@ class DTypes(NamedTuple):
 
 SHAPES = tuple(Shape(d, r, o, tuple(Geometry(*g) for g in gs)) for d, r, o, gs in _cpu.SHAPES)
 DTYPES = tuple(DTypes(*names) for names in _cpu.DTYPES)
+# The dtypes that a state may have in each format; in the order of the attribute's values.
+STATE_DTYPES = {name: tuple(dtypes) for name, dtypes in _cpu.STATE_FORMATS}
+STATE_FORMATS = tuple(STATE_DTYPES)
 _OVERLAP = {shape.compress_ratio: shape.overlap for shape in SHAPES}
 
 
@@ -59,6 +62,23 @@ def check_float(name: str, dtype: DTypeLike) -> None:
         got = repr(dtype)
     if got not in ("bfloat16", "float32"):
         raise TypeError(f"{name}: expected bfloat16 or float32, got {got}")
+
+
+def check_format(name: str, format: str) -> None:
+    """Raise ``ValueError`` unless ``format`` is a state's."""
+    if format not in STATE_FORMATS:
+        raise ValueError(f"{name}: expected one of {STATE_FORMATS}, got {format!r}")
+
+
+def check_state_dtype(name: str, format: str, dtype: DTypeLike) -> None:
+    """Raise ``TypeError`` unless a state of this format may have this dtype."""
+    check_float(name, dtype)
+    got, allowed = jnp.dtype(dtype).name, STATE_DTYPES[format]
+    if got not in allowed:
+        raise TypeError(
+            f"{name}: expected {' or '.join(allowed)} in state format {format!r}, got {got}: "
+            "rounded to less than float32 at each of its rows, a prefix drifts"
+        )
 
 
 def check_compiled(head_dim: int, compress_ratio: int, dtypes: DTypes) -> None:

@@ -31,7 +31,7 @@ from jax import Array
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_dsv4 import _cpu, _mesh, reference
+from jax_dsv4 import _config, _cpu, _mesh, reference
 
 # The operands, and their ranks without group dimensions.
 _CORES = {
@@ -107,6 +107,7 @@ class Decode:
 
     compress_ratio: int
     overlap: bool
+    state_format: str
     out_dtype: np.dtype
     implementation: str | None
     geometry: int = AUTO_GEOMETRY  # index into Shape.geometries: for benchmarks
@@ -142,6 +143,7 @@ def _call_ffi(static: Decode, *operands: Array) -> tuple[Array, Array, Array]:
         compress_ratio=int(static.compress_ratio),
         next_n=int(next_n),
         kv_score_dtype=_DATA_TYPE[kv_score.dtype],
+        state_format=np.uint8(_config.STATE_FORMATS.index(static.state_format)),
         state_dtype=_DATA_TYPE[kv.dtype],
         out_dtype=_DATA_TYPE[static.out_dtype],
         geometry=int(static.geometry),
@@ -156,6 +158,7 @@ def _call_reference(static: Decode, *operands: Array) -> tuple[Array, Array, Arr
         reference.paged_kv_compress,
         compress_ratio=static.compress_ratio,
         overlap=static.overlap,
+        state_format=static.state_format,
         out_dtype=static.out_dtype,
     )
     for _ in groups:

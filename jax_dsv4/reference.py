@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 
-def _find_rows(table: Array, positions: Array, num_pages: int, page_size: int):
+def find_rows(table: Array, positions: Array, num_pages: int, page_size: int):
     """(page, slot) of each position in a request's ``table``; page is ``num_pages`` for nowhere."""
     logical = positions // page_size
     page = table.at[logical].get(mode="fill", fill_value=-1, wrap_negative_indices=False)
@@ -18,7 +18,16 @@ def _find_rows(table: Array, positions: Array, num_pages: int, page_size: int):
     return jnp.where(exists, page, num_pages), positions % page_size
 
 
-@partial(jax.jit, static_argnames=("compress_ratio", "overlap", "out_dtype"))
+def read_rows(pool: Array, tables: Array, positions: Array) -> Array:
+    """The rows of ``pool`` at ``positions`` [B, rows] -> [B, rows, S]; 0 where nowhere."""
+    if 0 in (*pool.shape, *tables.shape):
+        return jnp.zeros((*positions.shape, pool.shape[-1]), pool.dtype)
+    find = partial(find_rows, num_pages=pool.shape[0], page_size=pool.shape[1])
+    page, slot = jax.vmap(find)(tables, positions)
+    return pool.at[page, slot].get(mode="fill", fill_value=0)
+
+
+@partial(jax.jit, static_argnames=("compress_ratio", "overlap", "state_format", "out_dtype"))
 def paged_kv_compress(
     kv: Array,
     score: Array,
@@ -31,6 +40,7 @@ def paged_kv_compress(
     *,
     compress_ratio: int,
     overlap: bool,
+    state_format: str,
     out_dtype: DTypeLike,
 ) -> tuple[Array, Array, Array]:
     """One decode step. Shapes as in ``jax_dsv4.paged_kv_compress``; returns (kv, score, kv_comp).
@@ -44,51 +54,121 @@ def paged_kv_compress(
     num_windows = -(-next_n // ratio)
     if 0 in (batch, num_pages, kv_tables.shape[1]):  # every row is nowhere, and jnp gathers none
         return kv, score, jnp.zeros((batch, num_windows, head_dim), out_dtype)
-    find = jax.vmap(partial(_find_rows, num_pages=num_pages, page_size=page_size))
+    find = jax.vmap(partial(find_rows, num_pages=num_pages, page_size=page_size))
 
     n = jnp.clip(q_lens, 0, next_n) if q_lens.size else jnp.full_like(kv_lens, next_n)
     active = (kv_lens > 0) & (n > 0)
     first_position = jnp.where(active, kv_lens - n, 0)
 
-    # 1. The new rows, each to its page and slot; rows that are not real go nowhere.
+    # The new rows, and the places of those that are real; the others go nowhere.
     t = jnp.arange(next_n, dtype=jnp.int32)
     positions = jnp.where((t < n[:, None]) & active[:, None], first_position[:, None] + t, -1)
     new_kv, new_score = jnp.split(kv_score.astype(jnp.float32), 2, axis=-1)
     if ape.size:
         new_score += ape[positions % ratio]
-    kv = kv.at[find(kv_tables, positions)].set(new_kv.astype(kv.dtype), mode="drop")
-    score = score.at[find(score_tables, positions)].set(new_score.astype(score.dtype), mode="drop")
+    kv_at, score_at = find(kv_tables, positions), find(score_tables, positions)
 
-    # 2. The windows that this step completes, oldest first.
+    # The windows that this step completes, oldest first.
     window = jnp.maximum(first_position, 0)[:, None] // ratio
     window += jnp.arange(num_windows, dtype=jnp.int32)
     completed = active[:, None] & (window < kv_lens[:, None] // ratio)
 
-    # 3. Their rows as stored, then a softmax per channel. [batch, num_windows, rows, head_dim]
-    def rows_of(window: Array, half: int) -> tuple[Array, Array]:
-        positions = (window[..., None] * ratio + jnp.arange(ratio)).reshape(batch, -1)
-        positions = jnp.where(jnp.repeat(completed & (window >= 0), ratio, axis=1), positions, -1)
-        kv_page, kv_slot = find(kv_tables, positions)
-        score_page, score_slot = find(score_tables, positions)
-        columns = slice(half * head_dim, (half + 1) * head_dim)
+    # What a window contributes to the next one's value, and to its own.
+    to_next, to_own = slice(head_dim), slice(-head_dim, None)
+
+    def read(kv: Array, score: Array, positions: Array, columns: slice = slice(None)):
+        """The rows at ``positions`` in f32, 0 and -inf where nowhere. [*positions, columns]"""
+        kv_page, kv_slot = find(kv_tables, positions.reshape(batch, -1))
+        score_page, score_slot = find(score_tables, positions.reshape(batch, -1))
         kv_rows = kv[:, :, columns].at[kv_page, kv_slot].get(mode="fill", fill_value=0)
         score_rows = score[:, :, columns].at[score_page, score_slot].get(mode="fill", fill_value=0)
         exists = ((kv_page < num_pages) & (score_page < num_pages))[..., None]
         kv_rows = jnp.where(exists, kv_rows.astype(jnp.float32), 0)
         score_rows = jnp.where(exists, score_rows.astype(jnp.float32), -jnp.inf)
-        shape = (batch, num_windows, ratio, head_dim)
+        shape = (*positions.shape, -1)
         return kv_rows.reshape(shape), score_rows.reshape(shape)
 
-    if overlap:
-        halves = rows_of(window - 1, 0), rows_of(window, 1)
-        kv_rows, score_rows = (
-            jnp.concatenate(parts, axis=2) for parts in zip(*halves, strict=True)
-        )
+    def write(kv: Array, score: Array, new_kv: Array, new_score: Array):
+        kv = kv.at[kv_at].set(new_kv.astype(kv.dtype), mode="drop")
+        return kv, score.at[score_at].set(new_score.astype(score.dtype), mode="drop")
+
+    if state_format == "raw":
+        kv, score = write(kv, score, new_kv, new_score)
+
+        # The windows' rows as stored, then a softmax per channel.
+        def rows_of(window: Array, columns: slice) -> tuple[Array, Array]:
+            positions = window[..., None] * ratio + jnp.arange(ratio)
+            needed = (completed & (window >= 0))[..., None]
+            return read(kv, score, jnp.where(needed, positions, -1), columns)
+
+        kv_rows, score_rows = rows_of(window, to_own)
+        if overlap:
+            before = rows_of(window - 1, to_next)
+            kv_rows = jnp.concatenate((before[0], kv_rows), axis=2)
+            score_rows = jnp.concatenate((before[1], score_rows), axis=2)
+        highest = jnp.max(score_rows, axis=2, keepdims=True)
+        weights = jnp.exp(score_rows - jnp.where(highest == -jnp.inf, 0, highest))
+        total = jnp.sum(weights, axis=2)
+        weighted = jnp.sum(weights * kv_rows, axis=2)
+        value = jnp.where(total == 0, 0, weighted / jnp.where(total == 0, 1, total))
     else:
-        kv_rows, score_rows = rows_of(window, 0)
-    highest = jnp.max(score_rows, axis=2, keepdims=True)
-    weights = jnp.exp(score_rows - jnp.where(highest == -jnp.inf, 0, highest))
-    total = jnp.sum(weights, axis=2)
-    weighted = jnp.sum(weights * kv_rows, axis=2)
-    value = jnp.where(total == 0, 0, weighted / jnp.where(total == 0, 1, total))
+        # The prefix before the step, and after each new row.
+        before = read(kv, score, first_position - 1)
+        exists = (kv_at[0] < num_pages) & (score_at[0] < num_pages)
+        starts = positions % ratio == 0
+        means, lses = _scan_prefixes(before, (new_kv, new_score), exists, starts)
+
+        # Those after each window's last row, of this step or of one before it.
+        def last_of(window: Array, columns: slice) -> tuple[Array, Array]:
+            position = jnp.where(completed, (window + 1) * ratio - 1, -1)
+            mean, lse = read(kv, score, position, columns)
+            row = position - first_position[:, None]
+            is_new, row = (row >= 0)[..., None], jnp.clip(row, 0, next_n - 1)[..., None]
+            new_mean = jnp.take_along_axis(means[..., columns], row, axis=1)
+            new_lse = jnp.take_along_axis(lses[..., columns], row, axis=1)
+            return jnp.where(is_new, new_mean, mean), jnp.where(is_new, new_lse, lse)
+
+        mean, lse = last_of(window, to_own)
+        if overlap:
+            mean, lse = _merge(last_of(window - 1, to_next), (mean, lse))
+        value = jnp.where(lse == -jnp.inf, 0, mean)
+        kv, score = write(kv, score, means, lses)
     return kv, score, jnp.where(completed[..., None], value, 0).astype(out_dtype)
+
+
+def _merge(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+    """(mean, lse) of the rows of both: ``merge`` in ``ffi/numeric.h``, which says why so."""
+    (a_mean, a_lse), (b_mean, b_lse) = a, b
+    swap = b_lse > a_lse
+    high, low = jnp.where(swap, b_lse, a_lse), jnp.where(swap, a_lse, b_lse)
+    heavy, light = jnp.where(swap, b_mean, a_mean), jnp.where(swap, a_mean, b_mean)
+    ratio = jnp.exp(low - jnp.where(high == -jnp.inf, 0, high))
+    weight = jnp.where(high == jnp.inf, jnp.nan, ratio / (1 + ratio))
+    step = light - heavy
+    mean = jnp.where(
+        jnp.isfinite(step), heavy + step * weight, heavy * (1 - weight) + light * weight
+    )
+    return mean, high + jnp.log1p(ratio)
+
+
+def _scan_prefixes(
+    carry: tuple[Array, Array], rows: tuple[Array, Array], exists: Array, starts: Array
+) -> tuple[Array, Array]:
+    """The prefixes after each of ``rows`` [B, next_n, S], from the one before them [B, S].
+
+    A row that does not exist passes the prefix on; one that starts a window forgets it first.
+    """
+
+    def merge_row(carry, xs):
+        row, exists, starts = xs
+        mean, lse = carry
+        carry = jnp.where(starts[:, None], 0, mean), jnp.where(starts[:, None], -jnp.inf, lse)
+        merged = _merge(carry, row)
+        carry = tuple(
+            jnp.where(exists[:, None], new, old) for new, old in zip(merged, carry, strict=True)
+        )
+        return carry, carry
+
+    xs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (rows, exists, starts))
+    _, prefixes = jax.lax.scan(merge_row, carry, xs)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), prefixes)

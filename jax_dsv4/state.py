@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_dsv4 import _config
 
-STATE_FORMATS = ("raw",)
+STATE_FORMATS = _config.STATE_FORMATS
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +26,11 @@ class CompressorState:
       kv: ``[num_pages, page_size, S]``, bf16 or f32. Row ``p`` of a request is at page
         ``table[p // page_size]``, slot ``p % page_size``.
       score: the same shape and dtype; the gate's scores, position bias added.
-      format: what a row holds. ``"raw"``: the token's own kv and score.
+      format: what a row holds. ``"raw"``: the token's own kv and score. ``"prefix"``, f32 only: of
+        its window's rows up to this one, per channel, the logsumexp of the scores (in ``score``)
+        and the mean of kv weighted by their softmax (in ``kv``); -inf and 0 where there are none.
+        As static metadata: states of different formats do not mix in a scan, a cond or a compiled
+        program.
     """
 
     kv: Any
@@ -51,14 +56,14 @@ def init_state(
     dtype: DTypeLike = jnp.float32,
     format: str = "raw",
 ) -> CompressorState:
-    """An empty state: kv 0, score -inf (rows never written weigh nothing).
+    """An empty state, in either format: kv 0, score -inf (rows never written weigh nothing).
 
     Args:
       num_pages: pages in the pool.
       page_size: rows (tokens) per page, at least 1.
       head_dim: D, channels of a compressed value.
       compress_ratio: R, tokens per record; 4 (overlapping windows, S = 2 D) or 128 (S = D).
-      dtype: of both arrays, bf16 or f32.
+      dtype: of both arrays, bf16 or f32; format ``"prefix"`` is f32 only.
       format: a member of ``STATE_FORMATS``.
 
     Returns:
@@ -67,8 +72,7 @@ def init_state(
     Raises:
       ValueError, TypeError: an argument is none of the above; the text names it.
     """
-    if format not in STATE_FORMATS:
-        raise ValueError(f"format: expected one of {STATE_FORMATS}, got {format!r}")
+    _config.check_format("format", format)
     if num_pages < 0 or page_size < 1:
         raise ValueError(
             "num_pages, page_size: expected at least 0 and at least 1, "
@@ -76,7 +80,7 @@ def init_state(
         )
     if head_dim < 1:
         raise ValueError(f"head_dim: expected at least 1, got {head_dim}")
-    _config.check_float("dtype", dtype)
+    _config.check_state_dtype("dtype", format, dtype)
     width = head_dim * (2 if _config.overlaps(compress_ratio) else 1)
     shape = (num_pages, page_size, width)
     return CompressorState(jnp.zeros(shape, dtype), jnp.full(shape, -jnp.inf, dtype), format)
@@ -107,6 +111,66 @@ def num_compressed(
     active = (kv_lens > 0) & (n > 0)
     before = jnp.maximum(kv_lens - jnp.maximum(n, 0), 0) // compress_ratio
     return jnp.where(active, kv_lens // compress_ratio - before, 0)
+
+
+def live_pages(
+    length: int, page_size: int, *, compress_ratio: int, next_n: int, format: str = "raw"
+) -> list[int]:
+    """The logical pages of a request that its next step reads or writes: its others may be reused.
+
+    In format ``"raw"``, those of the open window, where windows overlap of the window before it,
+    and of the step's own rows. In format ``"prefix"``, those of the step's own rows, of the row
+    before them unless it ends a window, and where windows overlap of the last row of the window
+    before. No step from this length or from a greater one reads an earlier page that is not listed.
+
+    Args:
+      length: of the sequence before the step, without rejected drafts.
+      page_size: rows per page.
+      compress_ratio: R.
+      next_n: how many rows the step brings.
+      format: of the state.
+
+    Returns:
+      Indices into the request's block table, in ascending order.
+
+    Raises:
+      ValueError: an argument is out of range; the text names it.
+    """
+    _config.check_format("format", format)
+    overlap = _config.overlaps(compress_ratio)
+    for name, value, minimum in (("length", length, 0), ("page_size", page_size, 1)):
+        if value < minimum:
+            raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+    if next_n < 1:
+        raise ValueError(f"next_n: expected at least 1, got {next_n}")
+    open_start, end = length // compress_ratio * compress_ratio, length + next_n
+    if format == "raw":
+        spans = [(max(open_start - overlap * compress_ratio, 0), end)]
+    else:
+        spans = [(max(length - 1, open_start), end)]
+        if overlap and open_start > 0:
+            spans.append((open_start - 1, open_start))
+    return sorted({p for a, b in spans for p in range(a // page_size, (b - 1) // page_size + 1)})
+
+
+def pages_needed(page_size: int, *, compress_ratio: int, next_n: int, format: str = "raw") -> int:
+    """The most pages that one request has live (``live_pages``) at a time, however long it is.
+
+    A pool of so many pages per slot never runs out.
+
+    Args:
+      page_size: rows per page.
+      compress_ratio: R.
+      next_n: the most rows that a step brings per request.
+      format: of the state.
+
+    Raises:
+      ValueError: an argument is out of range; the text names it.
+    """
+    options = {"compress_ratio": compress_ratio, "next_n": next_n, "format": format}
+    _config.overlaps(compress_ratio)
+    period = math.lcm(compress_ratio, max(page_size, 1))  # every alignment of windows and pages
+    return max(len(live_pages(period + i, page_size, **options)) for i in range(period))
 
 
 def layer_tables(

@@ -29,6 +29,7 @@ class Case:
     page_size: int = 8
     max_len: int = 0  # the tables hold at least so many rows
     name: str = ""
+    state_format: str = "raw"
 
     @property
     def overlap(self) -> bool:
@@ -59,9 +60,15 @@ class Case:
     def __str__(self) -> str:
         dtypes = ".".join({"bfloat16": "bf16", "float32": "f32"}[dtype] for dtype in self.dtypes)
         sizes = f"batch{self.batch}-page{self.page_size}"
-        return self.name or (
+        name = self.name or (
             f"hd{self.head_dim}-R{self.ratio}-n{self.next_n}-{dtypes}-{sizes}-{self.regime}"
         )
+        return name if self.state_format == "raw" else f"{name}-{self.state_format}"
+
+    def in_prefix(self) -> Case:
+        """The same on a state of prefixes, which is f32."""
+        dtypes = self.dtypes._replace(state="float32")
+        return dataclasses.replace(self, dtypes=dtypes, state_format="prefix")
 
 
 @dataclasses.dataclass
@@ -169,7 +176,7 @@ def _bad_pages(case: Case, x: Operands) -> None:
 def _past_table(case: Case, x: Operands) -> None:
     end, R = case.max_pages * case.page_size, case.ratio
     straddling = (end // R + 1) * R
-    near = [straddling, straddling + R, end + 1, end + case.next_n, end + R]
+    near = [end // R * R, straddling, straddling + R, end + 1, end + case.next_n, end + R]
     far = [INT32_MAX, INT32_MAX - 1, INT32_MAX - 3, INT32_MAX - R, INT32_MAX - R + 1, 1 << 30]
     x.kv_lens = _cycle([*near, *far], case)
 
@@ -181,6 +188,9 @@ def _minus_inf(case: Case, x: Operands) -> None:
     new_scores[1::2, 0] = -np.inf
     x.score[x.score_tables[::3]] = -np.inf
     x.score[x.score_tables[1::3], 0] = -np.inf
+    if case.state_format == "prefix":  # of no row: the mean is 0
+        for b, tables in enumerate(x.score_tables):
+            x.kv[x.kv_tables[b]] = np.where(x.score[tables] == -np.inf, 0, x.kv[x.kv_tables[b]])
 
 
 def _fresh(case: Case, x: Operands) -> None:
@@ -318,3 +328,8 @@ GEOMETRIES = tuple(  # what a call can be told to use, in every configuration an
     if case.num_windows == 1 or not geometry.baseline
 )
 ALL = tuple(dict.fromkeys([*MTP, *CONFIGURATIONS, *NEXT_N, *PAGE_SIZES, *IN_REGIMES]))
+
+
+def in_formats(cases: Sequence[Case]) -> tuple[Case, ...]:
+    """The cases on raw states and on states of prefixes."""
+    return tuple(dict.fromkeys([*cases, *(case.in_prefix() for case in cases)]))

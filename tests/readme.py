@@ -5,7 +5,7 @@
 
 import pathlib
 
-from jax_dsv4._config import DTYPES, SHAPES
+from jax_dsv4._config import DTYPES, SHAPES, STATE_DTYPES
 
 PATH = pathlib.Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- support matrix -->", "<!-- /support matrix -->"
@@ -13,7 +13,9 @@ _SHORT = {"bfloat16": "bf16", "float32": "f32"}
 
 
 def support_matrix() -> str:
-    """One row per shape; per pair of operand dtypes, the dtypes that ``kv_comp`` may have."""
+    """One row per shape; per pair of operand dtypes, the dtypes that ``kv_comp`` may have. Below,
+    the dtypes of a state by format.
+    """
     operands = dict.fromkeys((dtypes.kv_score, dtypes.state) for dtypes in DTYPES)
     outs = [
         ", ".join(_SHORT[dtypes.out] for dtypes in DTYPES if dtypes[:2] == pair)
@@ -33,7 +35,12 @@ def support_matrix() -> str:
             for shape in SHAPES
         ),
     ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    formats = [
+        f'{" or ".join(_SHORT[dtype] for dtype in dtypes)} in format `"{name}"`'
+        for name, dtypes in STATE_DTYPES.items()
+    ]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"{table}\n\nA `state` is {', '.join(formats)}."
 
 
 def matrix_in(readme: str) -> str | None:

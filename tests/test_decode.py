@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from cases import INT32_MAX, INT32_MIN, Case
 from checks import (
+    Results,
     bits,
     check_close,
     check_results,
     check_same_bits,
+    check_unwritten,
     expected_results,
     run,
 )
@@ -25,13 +27,14 @@ def check_all(case, operands, device):
     kernel = run(case, operands, "ffi", device)
     reference = run(case, operands, "xla", device)
     expected = expected_results(case, operands)
-    check_results(reference, expected)
-    check_results(kernel, expected)
-    check_results(kernel, reference)
+    for got in (reference, kernel):
+        check_results(got, expected, case.state_format)
+        check_unwritten(got, expected, operands)
+    check_results(kernel, reference, case.state_format)
     return expected
 
 
-@pytest.mark.parametrize("case", cases.ALL, ids=str)
+@pytest.mark.parametrize("case", cases.in_formats(cases.ALL), ids=str)
 def test_reference_agrees_with_float64_and_the_kernel_with_both(case, device):
     expected = check_all(case, cases.make_operands(case), device)
     assert np.any(expected.kv_comp), "the case completes no window"
@@ -46,7 +49,9 @@ def test_every_geometry_agrees_with_float64(case, geometry, gpu):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", [c for c in cases.ALL if c.regime == "non_finite"], ids=str)
+@pytest.mark.parametrize(
+    "case", cases.in_formats([c for c in cases.ALL if c.regime == "non_finite"]), ids=str
+)
 def test_non_finite_inputs_stay_in_their_channels(case, implementation, device):
     kv_comp = run(case, cases.make_operands(case), implementation, device).kv_comp
     hit = np.flatnonzero(~np.isfinite(kv_comp).all(axis=(0, 1)))
@@ -62,8 +67,8 @@ def test_non_finite_inputs_stay_in_their_channels(case, implementation, device):
     ],
     ids=["no requests", "no pages in the tables", "no pages in the pool"],
 )
-def test_empty_dimensions_are_served(empty, device):
-    case = cases.MTP[0]
+@pytest.mark.parametrize("case", cases.in_formats(cases.MTP[:1]), ids=str)
+def test_empty_dimensions_are_served(case, empty, device):
     operands = cases.make_operands(case)
     for name, axis in empty.items():
         array = getattr(operands, name)
@@ -71,17 +76,23 @@ def test_empty_dimensions_are_served(empty, device):
     check_all(case, operands, device)
 
 
-def test_reference_serves_any_head_dim(device):
-    case = Case(24, 4, 3, cases.BF16_IN_F32_STATE)
+@pytest.mark.parametrize(
+    "case", cases.in_formats([Case(24, 4, 3, cases.BF16_IN_F32_STATE)]), ids=str
+)
+def test_reference_serves_any_head_dim(case, device):
     operands = cases.make_operands(case)
-    check_results(run(case, operands, "xla", device), expected_results(case, operands))
+    got, expected = run(case, operands, "xla", device), expected_results(case, operands)
+    check_results(got, expected, case.state_format)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", cases.REWIND, ids=str)
+@pytest.mark.parametrize("case", cases.in_formats(cases.REWIND), ids=str)
 def test_rejected_drafts_leave_no_trace(case, implementation, device):
     """Three runs over the same tokens: with drafts, some rejected at random and overwritten in the
     next step; with the same steps, but only the accepted tokens; and one token at a time.
+
+    A row has the same bits in all three. Prefixes of the reference are only close: how XLA rounds
+    them depends on the program, here on next_n.
     """
     rng = np.random.default_rng(0)
     start = cases.make_operands(case)
@@ -127,12 +138,17 @@ def test_rejected_drafts_leave_no_trace(case, implementation, device):
                 check_close(values[b].pop(position // case.ratio), kv_comp[b, 0])
     assert not any(values), "more windows than the tokens complete"
 
-    for name, tables in (("kv", start.kv_tables), ("score", start.score_tables)):
-        for b in requests:
-            pages, slots = np.divmod(np.arange(lengths[b]), case.page_size)
-            live = tables[b, pages], slots
-            for never_rewound in (accepting, single):
-                check_same_bits(getattr(drafting, name)[live], getattr(never_rewound, name)[live])
+    for b in requests:
+        pages, slots = np.divmod(np.arange(lengths[b]), case.page_size)
+
+        def live_rows(operands, b=b, pages=pages, slots=slots):
+            kv = operands.kv[operands.kv_tables[b, pages], slots]
+            return Results(kv, operands.score[operands.score_tables[b, pages], slots], kv[:0])
+
+        for never_rewound in (accepting, single):
+            got, want = live_rows(drafting), live_rows(never_rewound)
+            exact = implementation == "ffi" or never_rewound is accepting
+            check_results(got, want, "raw" if exact else case.state_format)
 
 
 def lengths_of(case):
@@ -169,14 +185,14 @@ RANDOM_SETTINGS = hypothesis.settings(
 )
 
 
-@pytest.mark.parametrize("case", cases.RANDOM, ids=str)
+@pytest.mark.parametrize("case", cases.in_formats(cases.RANDOM), ids=str)
 @RANDOM_SETTINGS
 @hypothesis.given(data=st.data())
 def test_random_tables_and_lengths_agree_with_float64(case, device, data):
     check_all(case, drawn_operands(data, case, st.just(KEEP) | BAD_IDS), device)
 
 
-@pytest.mark.parametrize("case", cases.RANDOM, ids=str)
+@pytest.mark.parametrize("case", cases.in_formats(cases.RANDOM), ids=str)
 @RANDOM_SETTINGS
 @hypothesis.given(data=st.data())
 def test_tables_in_conflict_change_no_other_rows(case, device, data):

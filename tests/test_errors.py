@@ -149,9 +149,19 @@ def test_only_a_compressor_state_is_a_state(state):
 
 
 def test_a_state_of_another_format_is_refused():
-    state = CompressorState(spec(*POOL), spec(*POOL), "prefix")
-    with pytest.raises(ValueError, match=r"^state\.format: expected .*'raw'.*, got 'prefix'"):
+    state = CompressorState(spec(*POOL), spec(*POOL), "another")
+    with pytest.raises(ValueError, match=r"^state\.format: expected .*'prefix'.*, got 'another'"):
         trace(state=state)
+
+
+@pytest.mark.parametrize("implementation", (None, "ffi", "xla"))
+def test_a_state_of_prefixes_is_f32(implementation):
+    bf16 = spec(*POOL, dtype=jnp.bfloat16)
+    for dtype_of_score in (bf16, spec(*POOL)):
+        state = CompressorState(bf16, dtype_of_score, "prefix")
+        with pytest.raises(TypeError, match=r"^state\.kv: expected float32 .* 'prefix'.*drifts"):
+            trace(implementation, state=state)
+    trace(implementation, state=CompressorState(spec(*POOL), spec(*POOL), "prefix"))
 
 
 @pytest.mark.parametrize("name", ["kv_score", "block_tables", "kv_lens"])
@@ -187,13 +197,18 @@ def test_uncompiled_dtypes_are_refused(monkeypatch):
         ("head_dim", 0, ValueError),
         ("compress_ratio", 3, ValueError),
         ("dtype", jnp.float16, TypeError),
-        ("format", "prefix", ValueError),
+        ("format", "another", ValueError),
     ],
 )
 def test_init_state_names_a_wrong_argument(name, value, error):
     good = {"num_pages": 3, "page_size": 8, "head_dim": 128, "compress_ratio": 4}
     with pytest.raises(error, match=rf"^.*{name}.*: expected .* got "):
         init_state(**good | {name: value})
+
+
+def test_init_state_makes_no_prefixes_in_bf16():
+    with pytest.raises(TypeError, match=r"^dtype: expected float32 .* got bfloat16: .*drifts"):
+        init_state(3, 8, head_dim=128, compress_ratio=4, dtype=jnp.bfloat16, format="prefix")
 
 
 # ------------------------------------------------------------------------------------ derivatives
@@ -259,6 +274,7 @@ RAW_ATTRIBUTES = {
     "compress_ratio": R,
     "next_n": N,
     "kv_score_dtype": BF16,
+    "state_format": np.uint8(0),
     "state_dtype": F32,
     "out_dtype": F32,
     "geometry": -1,
@@ -276,8 +292,9 @@ def raw_call(changed=None, attributes=None, aliases=((0, 0), (1, 1))):
         return jax.block_until_ready(jax.jit(lambda *x: call(*x, **attributes))(*operands))
 
 
-def test_the_raw_call_serves_good_operands():
-    *_, kv_comp = raw_call()
+@pytest.mark.parametrize("state_format", (0, 1))
+def test_the_raw_call_serves_good_operands(state_format):
+    *_, kv_comp = raw_call(attributes=RAW_ATTRIBUTES | {"state_format": np.uint8(state_format)})
     np.testing.assert_array_equal(kv_comp, 0)
 
 
@@ -354,6 +371,9 @@ def test_the_raw_call_refuses_a_state_that_is_not_aliased(aliases):
         ({"kv_score_dtype": np.uint8(10)}, "no compiled configuration for .*kv_score data type 10"),
         ({"state_dtype": np.uint8(255)}, "no compiled configuration for .*state data type 255"),
         ({"out_dtype": np.int64(F32)}, "expected U8 but got S64"),
+        ({"state_format": np.uint8(2)}, "state_format: expected 0 .raw. or 1 .prefix."),
+        ({"state_format": 1}, "expected U8 but got S64"),
+        ({"state_format": np.uint8(1), "state_dtype": BF16}, "state_dtype: expected F32 .* BF16"),
         ({"geometry": 1 << 32}, "geometry: "),
         ({"geometry": -2}, "geometry: "),
     ],

@@ -25,35 +25,49 @@ def step(kv_score, state, block_tables, kv_lens):
     )
 
 
-def export(platforms=("cpu", "cuda"), checks=EXPORT_DISABLED_CHECKS):
+def export(platforms=("cpu", "cuda"), checks=EXPORT_DISABLED_CHECKS, state_format="raw"):
     """For any batch."""
     (batch,) = jax.export.symbolic_shape("batch")
     return jax.export.export(jax.jit(step), platforms=platforms, disabled_checks=checks)(
         jax.ShapeDtypeStruct((batch, 4, 512), jnp.bfloat16),
-        jax.eval_shape(lambda: init_state(6, 8, head_dim=128, compress_ratio=4)),
+        jax.eval_shape(
+            lambda: init_state(6, 8, head_dim=128, compress_ratio=4, format=state_format)
+        ),
         jax.ShapeDtypeStruct((batch, 2), jnp.int32),
         jax.ShapeDtypeStruct((batch,), jnp.int32),
     )
 
 
-def check_artefact(blob, batch):
+def check_artefact(blob, batch, state_format="raw"):
     loaded = jax.export.deserialize(blob)
-    case = cases.Case(128, 4, 4, cases.DTypes("bfloat16", "float32", "bfloat16"), "no_ape", 3)
+    case = cases.Case(
+        *(128, 4, 4, cases.DTypes("bfloat16", "float32", "bfloat16"), "no_ape", 3),
+        state_format=state_format,
+    )
     operands = cases.make_operands(case)
     operands.kv_score = operands.kv_score[:batch]
     operands.kv, operands.score = operands.kv[:6, :8], operands.score[:6, :8]
     operands.kv_tables = operands.score_tables = np.arange(2 * batch, dtype=np.int32).reshape(-1, 2)
     operands.kv_lens = np.array([4, 9, 12], np.int32)[:batch]
     kv_score, _, kv, score, tables, _, kv_lens, _ = arguments(operands, jax.devices("cpu")[0])
-    kv_comp, state = loaded.call(kv_score, CompressorState(kv, score), tables, kv_lens)
+    kv_comp, state = loaded.call(
+        kv_score, CompressorState(kv, score, state_format), tables, kv_lens
+    )
     got = Results(*map(np.asarray, (state.kv, state.score, kv_comp)))
-    check_results(got, expected_results(case, operands))
+    check_results(got, expected_results(case, operands), state_format)
 
 
 @pytest.mark.parametrize("batch", (1, 3))
 @pytest.mark.parametrize("platforms", [("cpu",), ("cpu", "cuda")], ids=" and ".join)
 def test_an_exported_step_serves_any_batch(platforms, batch):
     check_artefact(bytes(export(platforms).serialize()), batch)
+
+
+def test_an_exported_step_serves_the_format_that_it_was_traced_for():
+    blob = bytes(export(state_format="prefix").serialize())
+    check_artefact(blob, 3, "prefix")
+    with pytest.raises(ValueError, match="raw"):
+        check_artefact(blob, 3, "raw")
 
 
 def test_an_artefact_for_cuda_holds_the_call():
@@ -120,4 +134,5 @@ print(events.count("/jax/compilation_cache/cache_hits"))
 
 if __name__ == "__main__":
     assert jax.__version__ == "0.10.2"
+    jax.config.update("jax_hlo_source_file_canonicalization_regex", ".*/")  # no folders of ours
     OLDEST.write_bytes(export().serialize())

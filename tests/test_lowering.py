@@ -18,8 +18,8 @@ from jax_dsv4 import _ffi
 CASE = cases.MAPPED
 
 
-def lowered_text(step, *platforms, in_axes=None):
-    arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cases.make_operands(CASE).astuple()]
+def lowered_text(step, *platforms, in_axes=None, case=CASE):
+    arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cases.make_operands(case).astuple()]
     if in_axes is not None:
         arrays = [
             x if axis is None else jax.ShapeDtypeStruct((3, *x.shape), x.dtype)
@@ -34,13 +34,15 @@ def calls(text):
 
 
 @pytest.mark.parametrize("platform", ("cpu", "cuda"))
-def test_the_call_names_its_attributes_and_aliases(platform):
-    (call,) = calls(lowered_text(step_of(CASE, "ffi"), platform))
-    kv_score, state, out = ({"bfloat16": 16, "float32": 11}[dtype] for dtype in CASE.dtypes)
+@pytest.mark.parametrize("case", cases.in_formats([CASE]), ids=str)
+def test_the_call_names_its_attributes_and_aliases(case, platform):
+    (call,) = calls(lowered_text(step_of(case, "ffi"), platform, case=case))
+    kv_score, state, out = ({"bfloat16": 16, "float32": 11}[dtype] for dtype in case.dtypes)
     for attribute in (
         f"next_n = {CASE.next_n} : i64",
         f"compress_ratio = {CASE.ratio} : i64",
         f"kv_score_dtype = {kv_score} : ui8",
+        f"state_format = {('raw', 'prefix').index(case.state_format)} : ui8",
         f"state_dtype = {state} : ui8",
         f"out_dtype = {out} : ui8",
     ):

@@ -1,5 +1,6 @@
 """The main job: what it prints, what its check catches, and its page accounting."""
 
+import functools
 import itertools
 import os
 import re
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from jax_dsv4 import CompressorState
+from jax_dsv4 import CompressorState, init_state
 from jax_dsv4 import __main__ as main_job
 
 KINDS = ("CSA", "indexer", "HCA")
@@ -64,10 +65,17 @@ def test_the_command_prints_speed_memory_and_an_ok_verdict(device, model):
 
 
 @pytest.mark.parametrize("implementation", ["auto", "ffi", "xla"])
-@pytest.mark.parametrize("accept", ["0", "0.7"])
-def test_every_implementation_passes_the_check(capsys, one_layer_each, implementation, accept):
-    arguments = ["--accept", accept, "--steps", "150", "--implementation", implementation]
-    status, out = run_tiny(capsys, *arguments)
+@pytest.mark.parametrize(
+    ("accept", "state_format"), [("0", "raw"), ("0.7", "raw"), ("0.7", "prefix")]
+)
+def test_every_implementation_passes_the_check(
+    capsys, one_layer_each, implementation, accept, state_format
+):
+    status, out = run_tiny(
+        capsys,
+        *("--accept", accept, "--steps", "150"),
+        *("--implementation", implementation, "--state-format", state_format),
+    )
     assert status == 0
     assert "check: OK" in out
 
@@ -148,7 +156,7 @@ def test_a_run_too_short_to_check_every_kind_says_so(capsys, one_layer_each):
     "arguments",
     [["--batch", "0"], ["--accept", "1.5"], ["--accept", "nan"], ["--next-n", "two"],
      ["--steps", "-1"], ["--page-size", "0"], ["--seed", "-1"], ["--model", "max"],
-     ["--implementation", "cuda"]],
+     ["--implementation", "cuda"], ["--state-format", "bf16"]],
 )  # fmt: skip
 def test_a_wrong_option_is_named(capsys, arguments):
     with pytest.raises(SystemExit) as exit_info:
@@ -168,10 +176,10 @@ def test_ctrl_c_ends_the_run_without_a_traceback(capsys, monkeypatch, one_layer_
 
 @pytest.mark.parametrize("page_size", [1, 3, 32, 100, 128, 600])
 @pytest.mark.parametrize("next_n", [1, 4, 130])
-def test_pages_have_one_owner_and_all_come_back(page_size, next_n):
-    options = main_job.parse(
-        ["--batch", "5", "--next-n", str(next_n), "--page-size", str(page_size)]
-    )
+@pytest.mark.parametrize("state_format", ["raw", "prefix"])
+def test_pages_have_one_owner_and_all_come_back(state_format, page_size, next_n):
+    sizes = ["--batch", "5", "--next-n", str(next_n), "--page-size", str(page_size)]
+    options = main_job.parse([*sizes, "--state-format", state_format])
     kinds = main_job.kinds_of("flash")
     scheduler = main_job.Scheduler(kinds, options, np.random.default_rng(1))
     while scheduler.finished < 12:
@@ -183,10 +191,62 @@ def test_pages_have_one_owner_and_all_come_back(page_size, next_n):
             for span in scheduler.spans(plan):
                 assert len(span.tokens) == plan.kv_lens[span.slot]
                 assert len(span.tokens) - span.length == plan.q_lens[span.slot]
-                rows = np.arange(kind.first_needed(span.length), len(span.tokens))
+                first = kind.first_needed(span.length) if state_format == "raw" else span.length
+                rows = np.arange(first, len(span.tokens))
                 assert np.all(tables[span.slot, rows // page_size] >= 0)
         scheduler.settle(plan)
     assert scheduler.requests == [None] * 5
     for pool in scheduler.pools.values():
         assert sorted(pool.free) == list(range(pool.num_pages))
         assert np.all(pool.tables == -1)
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 8])
+@pytest.mark.parametrize("state_format", ["raw", "prefix"])
+def test_pages_reused_as_early_as_they_may_be_change_no_value(
+    one_layer_each, state_format, page_size
+):
+    """Against a run that reuses no page; NaN is in every page that no table has."""
+    options = main_job.parse(
+        ["--batch", "3", "--page-size", str(page_size), "--state-format", state_format]
+    )
+    kinds = main_job.kinds_of("flash")
+    rng = np.random.default_rng(2)
+    scheduler = main_job.Scheduler(kinds, options, rng)
+    weights = jax.device_put({kind.name: main_job.random_weights(kind, rng) for kind in kinds})
+    step = main_job.make_step(kinds, "ffi")
+    reused = {name: pool.init_states() for name, pool in scheduler.pools.items()}
+    kept, tables = {}, {}
+    for name, pool in scheduler.pools.items():
+        own = np.arange(pool.tables.size, dtype=np.int32).reshape(pool.tables.shape)
+        tables[name] = own
+        kept[name] = [
+            init_state(
+                own.size,
+                page_size,
+                head_dim=pool.kind.head_dim,
+                compress_ratio=pool.kind.compress_ratio,
+                format=state_format,
+            )
+        ]
+    num_windows = 0
+    for _ in range(150):
+        plan = scheduler.plan()
+        for name, pool in scheduler.pools.items():
+            unowned = np.setdiff1d(np.arange(pool.num_pages), plan.tables[name])
+            poisoned = functools.partial(with_nan_in_pages, pages=unowned)
+            reused[name] = jax.tree.map(poisoned, reused[name])
+        got, reused = step(reused, weights, plan)
+        want, kept = step(kept, weights, plan._replace(tables=tables))
+        for kind in kinds:
+            for values, expected in zip(got[kind.name], want[kind.name], strict=True):
+                np.testing.assert_array_equal(values, expected)
+                num_windows += int(np.any(np.asarray(expected != 0), axis=-1).sum())
+        scheduler.settle(plan)
+    assert scheduler.finished and num_windows
+
+
+def with_nan_in_pages(pool, pages):
+    poisoned = np.array(pool)
+    poisoned[pages] = np.nan
+    return jax.numpy.array(poisoned)

@@ -1,5 +1,6 @@
 """Group dimensions over a mesh of 8 CPU devices: equal to one device, in place, no collective."""
 
+import dataclasses
 import functools
 
 import cases
@@ -10,6 +11,8 @@ from cases import OPERAND_NAMES
 from checks import COLLECTIVE, STATE, Results, check_results, step_of
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from jax_dsv4 import CompressorState, raw_to_prefix
 
 SHARED = ("ape",)  # by all groups
 MESHES = {"1-D": {"a": 8}, "2-D": {"a": 4, "b": 2}}
@@ -38,9 +41,9 @@ def grouped(step, depth):
 
 
 @functools.cache
-def grouped_operands(*sizes):
+def grouped_operands(case, *sizes):
     count = int(np.prod(sizes))
-    groups = [cases.make_operands(cases.MAPPED, seed).astuple() for seed in range(count)]
+    groups = [cases.make_operands(case, seed).astuple() for seed in range(count)]
     stacked = [
         np.stack(arrays).reshape(*sizes, *arrays[0].shape) for arrays in zip(*groups, strict=True)
     ]
@@ -48,23 +51,23 @@ def grouped_operands(*sizes):
 
 
 @functools.cache
-def one_device_results(*sizes):
-    step = grouped(step_of(cases.MAPPED, "ffi"), len(sizes))
-    return Results(*map(np.asarray, jax.jit(step)(*grouped_operands(*sizes))))
+def one_device_results(case, *sizes):
+    step = grouped(step_of(case, "ffi"), len(sizes))
+    return Results(*map(np.asarray, jax.jit(step)(*grouped_operands(case, *sizes))))
 
 
 def specs(axes):
     return [P() if name in SHARED else P(*axes) for name in OPERAND_NAMES]
 
 
-def put(mesh, sizes, operand_specs):
+def put(case, mesh, sizes, operand_specs):
     return [
         jax.device_put(x, NamedSharding(mesh, spec))
-        for x, spec in zip(grouped_operands(*sizes), operand_specs, strict=True)
+        for x, spec in zip(grouped_operands(case, *sizes), operand_specs, strict=True)
     ]
 
 
-def check_program(program, arrays, sizes):
+def check_program(program, arrays, case, sizes):
     """Donating: equal to one device, its share of the state in place, no collective."""
     compiled = program.lower(*arrays).compile()
     share = sum(arrays[i].nbytes for i in STATE) // len(cpus())
@@ -73,7 +76,8 @@ def check_program(program, arrays, sizes):
     assert memory.alias_size_in_bytes == share
     assert memory.temp_size_in_bytes < share / 4
     results = program(*arrays)
-    check_results(Results(*map(np.asarray, results)), one_device_results(*sizes))
+    want = one_device_results(case, *sizes)
+    check_results(Results(*map(np.asarray, results)), want, case.state_format)
     for result in results:
         assert result.sharding.shard_shape(result.shape)[: len(sizes)] == (1,) * len(sizes)
 
@@ -82,27 +86,48 @@ def check_program(program, arrays, sizes):
 @pytest.mark.parametrize("in_scope", (True, False), ids=["mesh in scope", "mesh of the operands"])
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
-def test_jit_splits_the_groups(sizes, axis_type, in_scope, implementation):
+@pytest.mark.parametrize("case", cases.in_formats([cases.MAPPED]), ids=str)
+def test_jit_splits_the_groups(case, sizes, axis_type, in_scope, implementation):
     mesh = make_mesh(sizes, AXIS_TYPES[axis_type])
-    arrays = put(mesh, sizes.values(), specs(sizes))
-    step = grouped(step_of(cases.MAPPED, implementation), len(sizes))
+    arrays = put(case, mesh, sizes.values(), specs(sizes))
+    step = grouped(step_of(case, implementation), len(sizes))
     program = jax.jit(step, donate_argnums=STATE)
     if in_scope:
         with jax.set_mesh(mesh):
-            check_program(program, arrays, tuple(sizes.values()))
+            check_program(program, arrays, case, tuple(sizes.values()))
     else:
-        check_program(program, arrays, tuple(sizes.values()))
+        check_program(program, arrays, case, tuple(sizes.values()))
 
 
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)
-def test_jit_splits_the_groups_of_the_reference(axis_type):
+def test_jit_splits_the_groups_of_a_conversion(axis_type):
+    mesh = make_mesh(MESHES["1-D"], AXIS_TYPES[axis_type])
+    case = dataclasses.replace(cases.MAPPED, dtypes=cases.BF16_IN_F32_STATE)
+    operands = dict(zip(OPERAND_NAMES, put(case, mesh, (8,), specs(MESHES["1-D"])), strict=True))
+    state = CompressorState(operands["kv"], operands["score"])
+    convert = functools.partial(raw_to_prefix, compress_ratio=case.ratio)
+    arrays = state, operands["kv_tables"], operands["kv_lens"]
+    program = jax.jit(jax.vmap(convert), donate_argnums=0)
+    alone = [convert(*jax.tree.map(lambda x, i=i: np.asarray(x)[i], arrays)) for i in range(8)]
+    compiled = program.lower(*arrays).compile()
+    assert not COLLECTIVE.findall(compiled.as_text())
+    assert compiled.memory_analysis().alias_size_in_bytes == 2 * state.kv.nbytes // 8
+    got = program(*arrays)
+    for i, want in enumerate(alone):
+        np.testing.assert_array_equal(np.asarray(got.kv)[i], want.kv)
+        np.testing.assert_array_equal(np.asarray(got.score)[i], want.score)
+
+
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+@pytest.mark.parametrize("case", cases.in_formats([cases.MAPPED]), ids=str)
+def test_jit_splits_the_groups_of_the_reference(case, axis_type):
     sizes = MESHES["1-D"]
     mesh = make_mesh(sizes, AXIS_TYPES[axis_type])
-    arrays = put(mesh, sizes.values(), specs(sizes))
-    program = jax.jit(grouped(step_of(cases.MAPPED, "xla"), 1))
+    arrays = put(case, mesh, sizes.values(), specs(sizes))
+    program = jax.jit(grouped(step_of(case, "xla"), 1))
     assert not COLLECTIVE.findall(program.lower(*arrays).compile().as_text())
     results = Results(*map(np.asarray, program(*arrays)))
-    check_results(results, one_device_results(*sizes.values()))
+    check_results(results, one_device_results(case, *sizes.values()), case.state_format)
 
 
 @pytest.mark.parametrize("implementation", (None, "ffi", "xla"))
@@ -120,9 +145,10 @@ def test_shard_map_runs_the_groups_of_a_device(axis_type, manual, implementation
         )(*operands)
 
     program = jax.jit(program, donate_argnums=STATE)
-    arrays = put(mesh, sizes, in_specs)
+    arrays = put(cases.MAPPED, mesh, sizes, in_specs)
     assert not COLLECTIVE.findall(program.lower(*arrays).compile().as_text())
-    check_results(Results(*map(np.asarray, program(*arrays))), one_device_results(*sizes))
+    want = one_device_results(cases.MAPPED, *sizes)
+    check_results(Results(*map(np.asarray, program(*arrays))), want)
 
 
 @pytest.mark.parametrize(
@@ -140,11 +166,11 @@ def test_what_cannot_be_sharded_is_named_with_the_remedy(name, spec):
     operand_specs = [spec if i == operand else P() for i in range(len(OPERAND_NAMES))]
     step = jax.jit(grouped(step_of(cases.MAPPED), 1))
     with pytest.raises(ValueError, match=rf"^{name}: expected no sharding but .*jax\.vmap"):
-        step.trace(*put(mesh, (8,), operand_specs))
+        step.trace(*put(cases.MAPPED, mesh, (8,), operand_specs))
 
 
 def test_no_mesh_needs_no_partitioning():
     step = grouped(step_of(cases.MAPPED, "ffi"), 1)
-    text = str(jax.make_jaxpr(step)(*grouped_operands(8)))
+    text = str(jax.make_jaxpr(step)(*grouped_operands(cases.MAPPED, 8)))
     assert "ffi_call" in text
     assert "custom_partitioning" not in text and "shard_map" not in text

@@ -103,6 +103,13 @@ def test_an_initial_state_weighs_nothing(shape, dtype):
         assert (array.shape, array.dtype) == ((3, 8, width), dtype)
         np.testing.assert_array_equal(np.asarray(array, np.float32), value)
     assert state.format == "raw"
+    if dtype == jnp.float32:
+        prefixes = init_state(
+            3, 8, head_dim=shape.head_dim, compress_ratio=shape.compress_ratio, format="prefix"
+        )
+        assert prefixes.format == "prefix"
+        np.testing.assert_array_equal(prefixes.kv, state.kv)
+        np.testing.assert_array_equal(prefixes.score, state.score)
 
 
 def test_a_state_is_a_pytree_with_a_static_format():
@@ -150,7 +157,7 @@ def test_num_compressed_refuses_what_no_step_can_be(static, name):
 README_CODE = re.findall(r"^```python\n(.*?)^```", readme.PATH.read_text(), re.M | re.S)
 
 
-SNIPPETS = ("first screen", "vmap", "mesh", "scan", "export")
+SNIPPETS = ("first screen", "state formats", "vmap", "mesh", "scan", "export")
 
 
 @pytest.mark.parametrize("of", SNIPPETS)

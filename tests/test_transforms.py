@@ -78,12 +78,17 @@ BARE_LEVELS = {
 }
 
 
+# On states of prefixes.
+PREFIX_LEVELS = ("kv only", "everything, everything", "tables, ape")
+
+
 @pytest.mark.parametrize("implementation", ("ffi", "xla"))
 @pytest.mark.parametrize(
     ("case", "levels"),
     [(cases.MAPPED, levels) for levels in LEVELS.values()]
-    + [(cases.MAPPED_BARE, levels) for levels in BARE_LEVELS.values()],
-    ids=[*LEVELS, *BARE_LEVELS],
+    + [(cases.MAPPED_BARE, levels) for levels in BARE_LEVELS.values()]
+    + [(cases.MAPPED.in_prefix(), LEVELS[name]) for name in PREFIX_LEVELS],
+    ids=[*LEVELS, *BARE_LEVELS, *(f"prefix: {name}" for name in PREFIX_LEVELS)],
 )
 def test_vmap_equals_a_loop_and_is_one_call(case, levels, implementation, device):
     indices = list(itertools.product(*(range(size) for size in SIZES[: len(levels)])))
@@ -96,9 +101,8 @@ def test_vmap_equals_a_loop_and_is_one_call(case, levels, implementation, device
         alone = cases.Operands(
             *(getattr(operands_at[mapped_index(k, levels, index)], k) for k in OPERAND_NAMES)
         )
-        check_results(
-            Results(*(array[index] for array in got)), run(case, alone, implementation, device)
-        )
+        want = run(case, alone, implementation, device)
+        check_results(Results(*(array[index] for array in got)), want, case.state_format)
     assert count_calls(program.lower(*arrays).as_text()) == (implementation == "ffi")
 
 
@@ -119,9 +123,8 @@ def test_nested_vmap_serves_no_requests(implementation, device):
 
 
 @functools.cache
-def token_by_token():
+def token_by_token(case):
     """Three steps of one run: (step, operands of the first step, kv_score and kv_lens of each)."""
-    case = cases.MAPPED
     first = cases.make_operands(case)
     kv_scores = np.stack([cases.make_operands(case, seed).kv_score for seed in range(3)])
     kv_lens = np.stack([first.kv_lens + i for i in range(3)])
@@ -129,8 +132,8 @@ def token_by_token():
 
 
 @functools.cache
-def loop_results(device):
-    step, first, kv_scores, kv_lens = token_by_token()
+def loop_results(case, device):
+    step, first, kv_scores, kv_lens = token_by_token(case)
     _, ape, kv, score, kv_tables, score_tables, _, q_lens = arguments(first, device)
     kv_comps = []
     for i in range(len(kv_scores)):
@@ -167,16 +170,17 @@ def for_looped(step, kv_scores, ape, kv, score, kv_tables, score_tables, kv_lens
 
 
 @pytest.mark.parametrize("loop", (scanned, for_looped))
-def test_compiled_loops_equal_a_python_loop(loop, device):
-    step, first, kv_scores, kv_lens = token_by_token()
+@pytest.mark.parametrize("case", cases.in_formats([cases.MAPPED]), ids=str)
+def test_compiled_loops_equal_a_python_loop(case, loop, device):
+    step, first, kv_scores, kv_lens = token_by_token(case)
     arrays = arguments(first, device)
     arrays[0], arrays[6] = jnp.array(kv_scores, device=device), jnp.array(kv_lens, device=device)
     got = jax.jit(functools.partial(loop, step), donate_argnums=STATE)(*arrays)
-    check_results(Results(*(np.asarray(x) for x in got)), loop_results(device))
+    check_results(Results(*(np.asarray(x) for x in got)), loop_results(case, device))
 
 
 def test_vmap_inside_scan_equals_scan_inside_vmap_and_is_one_call(device):
-    step, first, kv_scores, kv_lens = token_by_token()
+    step, first, kv_scores, kv_lens = token_by_token(cases.MAPPED)
     arrays = arguments(first, device)
     arrays[0], arrays[6] = jnp.array(kv_scores, device=device), jnp.array(kv_lens, device=device)
     pools = [jnp.stack([arrays[i], arrays[i][::-1]]) for i in STATE]
@@ -188,7 +192,7 @@ def test_vmap_inside_scan_equals_scan_inside_vmap_and_is_one_call(device):
     kv, score, kv_comps = (np.asarray(x) for x in inside(*arrays))
     want = Results(*(np.asarray(x) for x in outside(*arrays)))
     check_results(Results(kv, score, kv_comps.swapaxes(0, 1)), want)
-    np.testing.assert_array_equal(want.kv_comp[0], loop_results(device).kv_comp)
+    np.testing.assert_array_equal(want.kv_comp[0], loop_results(cases.MAPPED, device).kv_comp)
     for program in (inside, outside):
         assert count_calls(program.lower(*arrays).as_text()) == 1
 
@@ -281,9 +285,8 @@ def scan_over_layers(step, kv_score, pools, ape, kv_tables, score_tables, *lens)
     return jax.lax.scan(layer, pools, jnp.arange(NUM_LAYERS))
 
 
-def compiled_with_pools(program, num_layers, device, **jit_options):
+def compiled_with_pools(program, num_layers, device, case=cases.DONATED, **jit_options):
     """The program, compiled for a donated state -> (statistics, copies of a pool in it)."""
-    case = cases.DONATED
     sharding = jax.sharding.SingleDeviceSharding(device)
     kv_score, ape, kv, score, *rest = (
         None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -301,15 +304,22 @@ def compiled_with_pools(program, num_layers, device, **jit_options):
     ("program", "num_layers"),
     [(one_call, 1), (two_calls, 1), (scan, 1), (scan_over_layers, 1), (layers, 4)],
 )
-def test_a_donated_state_is_not_copied(program, num_layers, device):
-    memory, copies, state_bytes = compiled_with_pools(program, num_layers, device, donate_argnums=1)
+@pytest.mark.parametrize("case", cases.in_formats([cases.DONATED]), ids=str)
+def test_a_donated_state_is_not_copied(case, program, num_layers, device):
+    memory, copies, state_bytes = compiled_with_pools(
+        program, num_layers, device, case, donate_argnums=1
+    )
     assert not copies
     assert memory.alias_size_in_bytes >= num_layers * state_bytes
     assert memory.temp_size_in_bytes < state_bytes / 10
 
 
-def test_layers_stacked_in_one_pool_equal_layers_apart(device):
-    case = cases.Case(128, 4, 4, cases.F32_IN_BF16_STATE, "bad_pages")
+@pytest.mark.parametrize(
+    "case",
+    cases.in_formats([cases.Case(128, 4, 4, cases.F32_IN_BF16_STATE, "bad_pages")]),
+    ids=str,
+)
+def test_layers_stacked_in_one_pool_equal_layers_apart(case, device):
     operands_at = [cases.make_operands(case, seed) for seed in range(NUM_LAYERS)]
     first = operands_at[0]
     stacked = dataclasses.replace(
