@@ -18,7 +18,6 @@
 
 #pragma once
 
-#include <cfloat>
 #include <cstdint>
 
 #include "config.h"
@@ -86,20 +85,13 @@ __device__ __forceinline__ Vector<T, kSize> load_once(const T* source) {
   return u.vector;
 }
 
-__device__ __forceinline__ float exp_fast(float x) {
-  constexpr float kLog2E = 1.4426950408889634f;
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * kLog2E));
-  return result;
-}
-
 // What to subtract from scores of this maximum: with nothing but -inf below it, every weight is
 // exp(-inf) = 0, not NaN.
-__device__ __forceinline__ float finite(float max) { return fmaxf(max, -FLT_MAX); }
+__device__ __forceinline__ float finite(float max) { return fmaxf(max, -kMaxFloat); }
 
 // weighted / sum, or 0 where nothing has any weight.
 __device__ __forceinline__ float quotient(float weighted, float sum) {
-  return sum == 0 ? 0.0f : __fdividef(weighted, sum);
+  return sum == 0 ? 0.0f : fast_quotient(weighted, sum);
 }
 
 // A softmax-weighted sum over some of the rows, per channel, relative to their own maximum.
@@ -121,13 +113,13 @@ struct Partial {
 #pragma unroll
       for (int j = 0; j < kRows; ++j) highest = fmaxf(highest, to_f32(score[j].x[v]));
       const float subtracted = finite(highest);
-      const float scale = exp_fast(max.x[v] - subtracted);
+      const float scale = fast_exp(max.x[v] - subtracted);
       max.x[v] = highest;
       sum.x[v] *= scale;
       weighted.x[v] *= scale;
 #pragma unroll
       for (int j = 0; j < kRows; ++j) {
-        const float weight = exp_fast(to_f32(score[j].x[v]) - subtracted);
+        const float weight = fast_exp(to_f32(score[j].x[v]) - subtracted);
         sum.x[v] += weight;
         weighted.x[v] += weight * to_f32(kv[j].x[v]);
       }
@@ -342,7 +334,7 @@ struct WindowReducer {
 #pragma unroll
       for (int k = 0; k < kPerThread; ++k) {
         const float* from = smem.partials[first + k * T::kMergers] + c;
-        const float scale = exp_fast(max[k] - subtracted);
+        const float scale = fast_exp(max[k] - subtracted);
         sum += scale * from[T::kColumns];
         weighted += scale * from[2 * T::kColumns];
       }

@@ -40,6 +40,12 @@ __global__ void __launch_bounds__(PrefixTile<Config>::kThreads)
   struct Prefixes {
     Floats lse, mean;
   };
+  const auto none = [] {
+    Prefixes prefixes;
+#pragma unroll
+    for (int v = 0; v < T::kVector; ++v) prefixes.lse.x[v] = kNegInf, prefixes.mean.x[v] = 0;
+    return prefixes;
+  };
 
   const uint32_t index = blockIdx.x / T::kSlices;
   const int column = (blockIdx.x % T::kSlices * T::kThreads + threadIdx.x) * T::kVector;
@@ -49,28 +55,34 @@ __global__ void __launch_bounds__(PrefixTile<Config>::kThreads)
   Out* out = static_cast<Out*>(p.kv_comp) +
              (int64_t{blockIdx.z} * p.batch + index) * p.num_windows * D + column;
 
-  // One half of the row at a position of the state, or none.
-  const auto read_row = [&](int position, int half, bool wanted) {
-    Prefixes row;
-#pragma unroll
-    for (int v = 0; v < T::kVector; ++v) row.lse.x[v] = kNegInf, row.mean.x[v] = 0;
-    const uint32_t kv_row = wanted ? r.find_row(p.paging, r.kv_table, position) : kNowhere;
-    const uint32_t score_row = wanted ? r.find_row(p.paging, r.score_table, position) : kNowhere;
-    if (kv_row != kNowhere && score_row != kNowhere) {
-      row.lse = load<float, T::kVector>(score + uint64_t{score_row} * S + half * D);
-      row.mean = load<float, T::kVector>(kv + uint64_t{kv_row} * S + half * D);
-    }
-    return row;
-  };
-
   const int first = max(0, -r.first_position);  // row of kv_score
   const int start = r.first_position + first;   // its position
-  Prefixes open[T::kHalves];                    // of the window that the last token is in
-  Prefixes before;                              // first half of the window before it
-#pragma unroll
-  for (int half = 0; half < T::kHalves; ++half)
-    open[half] = read_row(start - 1, half, start % R != 0);
-  if (Config::kOverlap) before = read_row(start - start % R - 1, 0, start >= R);
+  // The row before it, if that is of the same window; where windows overlap, the last of the window
+  // before. A row that is nowhere holds no prefix.
+  struct Row {
+    bool wanted;
+    TableEntry kv_entry, score_entry;
+  };
+  const auto look_up_row = [&](int position, bool wanted) -> Row {
+    position = wanted ? position : 0;
+    return {wanted, look_up(p.paging, r.kv_table, position),
+            look_up(p.paging, r.score_table, position)};
+  };
+  const auto read = [&](const Row& row, int half) {
+    Prefixes prefixes = none();
+    const uint32_t kv_row = r.row_of(p.paging, row.kv_entry);
+    const uint32_t score_row = r.row_of(p.paging, row.score_entry);
+    if (row.wanted && kv_row != kNowhere && score_row != kNowhere) {
+      prefixes.lse = load<float, T::kVector>(score + uint64_t{score_row} * S + half * D);
+      prefixes.mean = load<float, T::kVector>(kv + uint64_t{kv_row} * S + half * D);
+    }
+    return prefixes;
+  };
+  const Row open_row = look_up_row(start - 1, start % R != 0);
+  Row before_row;
+  if (Config::kOverlap) before_row = look_up_row(start - start % R - 1, start >= R);
+  Prefixes open[T::kHalves];  // of the window that the last token is in
+  Prefixes before;            // first half of the window before it
 
 #pragma unroll 1
   for (int t0 = first; t0 < r.num_new; t0 += T::kRowsAtOnce) {
@@ -87,6 +99,11 @@ __global__ void __launch_bounds__(PrefixTile<Config>::kThreads)
         rows[j][half] = NewVector<Config, T::kVector>(r, position, half * D + column);
       }
     }
+    if (t0 == first) {  // with the new rows on their way
+#pragma unroll
+      for (int half = 0; half < T::kHalves; ++half) open[half] = read(open_row, half);
+      if (Config::kOverlap) before = read(before_row, 0);
+    }
 #pragma unroll
     for (int j = 0; j < T::kRowsAtOnce; ++j) {
       if (t0 + j >= r.num_new) break;
@@ -94,7 +111,7 @@ __global__ void __launch_bounds__(PrefixTile<Config>::kThreads)
       if (position % R == 0) {
         if (Config::kOverlap && t0 + j > first) before = open[0];
 #pragma unroll
-        for (int half = 0; half < T::kHalves; ++half) open[half] = read_row(0, half, false);
+        for (int half = 0; half < T::kHalves; ++half) open[half] = none();
       }
       const uint32_t kv_row = r.row_of(p.paging, kv_entries[j]);
       const uint32_t score_row = r.row_of(p.paging, score_entries[j]);
