@@ -1,13 +1,14 @@
 """Time of one ``paged_kv_compress`` call on the GPU at hand, inside a compiled program.
 
-    python benchmarks/decode.py [--geometries] [--reference] [--out results.jsonl]
+    python benchmarks/decode.py [--geometries] [--baselines] [--reference] [--out results.jsonl]
 
 One program makes many calls in a row on one donated state, each on pages of its own, so that every
 call finds its state outside the L2 cache (cold). ``cycle_mib`` says how much is moved between two
-uses of a page: calls that move little may stay within an L2, and their figures are warm. A loop
-around the calls has a trip count known only at run time; the time per call is the difference
-between many trips and few, over the calls in between: no launch from Python and no dispatch of
-arguments is in it. The kernels' own launches are; XLA captures the calls in CUDA graphs by default.
+uses of a page: calls that move little may stay within an L2, and their figures are warm; with
+``--warm`` all calls are on the same pages. Programs are dispatched one after another, without a
+wait, and each takes longer than its dispatch; the time per call is the difference between many
+programs and few, over the calls in between. XLA captures the calls in CUDA graphs by default.
+``benchmarks/graph.cu`` checks these figures with graphs captured by hand.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import shutil
 import statistics
 import subprocess
 import time
@@ -32,6 +34,7 @@ POOL_BYTES = 1 << 30
 COLD_BYTES = 256 << 20  # aimed at between two uses of a page: several times an L2
 MAX_CALLS = 512  # in a program, for it to compile in seconds
 REGIMES = ("all emit", "distributed", "no hit")
+FLOATS = ("bfloat16", "float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Point:
     kv_score: str = "bfloat16"
     state: str = "float32"
     out: str = "bfloat16"
+    format: str = "raw"
+    warm: bool = False
 
     @property
     def overlap(self) -> bool:
@@ -77,7 +82,9 @@ class Point:
         """Stored rows read, rows written, and the operands and results that are not state."""
         row = 2 * self.state_dim * jnp.dtype(self.state).itemsize
         stored_rows = 0.0  # in units of a row of S channels: half of one where windows overlap
-        for length in map(int, self.kv_lens()):
+        if self.format == "prefix":
+            stored_rows = self.batch  # the row before the step
+        for length in map(int, self.kv_lens() if self.format == "raw" else ()):
             first_new = max(length - self.next_n, 0)
             for window in range(first_new // self.ratio, length // self.ratio):
                 begin, end = window * self.ratio, (window + 1) * self.ratio
@@ -90,17 +97,17 @@ class Point:
         return int((stored_rows + new_rows) * row) + kv_score + kv_comp
 
 
-def make_program(point: Point, calls: int, num_tables: int, implementation: str, geometry: int):
-    """A jitted (trips, state, tables, kv_score, ape, kv_lens) -> state; state donated."""
+def make_program(point: Point, calls: int, tables, implementation: str, geometry: int):
+    """A jitted (state, kv_score, ape, kv_lens) -> (state, last values); state donated."""
 
-    def trip(_, carry, tables, kv_score, ape, kv_lens):
-        state, kept = carry
+    def program(state, kv_score, ape, kv_lens):
+        kept = []
         for i in range(calls):
             kv_comp, state = with_geometry(
                 kv_score,
                 ape,
                 state,
-                tables[i % num_tables],
+                tables[i % len(tables)],
                 kv_lens,
                 compress_ratio=point.ratio,
                 out_dtype=point.out,
@@ -108,15 +115,8 @@ def make_program(point: Point, calls: int, num_tables: int, implementation: str,
                 geometry=geometry,
             )
             # A custom call is kept by the state it updates; of plain jnp, what nothing reads goes.
-            kept = kept + kv_comp if implementation == "xla" else kv_comp
-        return state, kept
-
-    def program(state, trips, tables, kv_score, ape, kv_lens):
-        shape = (point.batch, -(-point.next_n // point.ratio), point.head_dim)
-        carry = (state, jnp.zeros(shape, point.out))
-        return jax.lax.fori_loop(
-            0, trips, lambda i, c: trip(i, c, tables, kv_score, ape, kv_lens), carry
-        )
+            kept = [*kept, kv_comp] if implementation == "xla" else [kv_comp]
+        return state, sum(kept)
 
     return jax.jit(program, donate_argnums=0)
 
@@ -127,40 +127,39 @@ def measure(point: Point, implementation: str = "ffi", geometry: int = -1, secon
     pages_each = -(-point.last // PAGE_SIZE)
     page_bytes = 2 * PAGE_SIZE * point.state_dim * jnp.dtype(point.state).itemsize
     num_pages = max(POOL_BYTES // page_bytes, point.batch * pages_each)
-    num_tables = num_pages // (point.batch * pages_each)
     calls = int(np.clip(COLD_BYTES // point.bytes_moved(), 64, MAX_CALLS))
     if implementation == "xla":
         calls = 16  # compiles slowly; its temporaries flush the cache
-    num_tables = min(num_tables, calls)
+    num_tables = 1 if point.warm else min(num_pages // (point.batch * pages_each), calls)
 
     order = rng.permutation(num_pages)[: num_tables * point.batch * pages_each].astype(np.int32)
-    tables = [jnp.asarray(t) for t in order.reshape(num_tables, point.batch, pages_each)]
+    tables = order.reshape(num_tables, point.batch, pages_each)  # constants of the program
     keys = jax.random.split(jax.random.key(0), 4)
     shape = (num_pages, PAGE_SIZE, point.state_dim)
     state = CompressorState(
         jax.random.normal(keys[0], shape, point.state),
         jax.random.normal(keys[1], shape, point.state),
+        point.format,
     )
     kv_score = jax.random.normal(
         keys[2], (point.batch, point.next_n, 2 * point.state_dim), point.kv_score
     )
     ape = jax.random.normal(keys[3], (point.ratio, point.state_dim), jnp.float32)
-    kv_lens = jnp.asarray(point.kv_lens())
-    rest = (tables, kv_score, ape, kv_lens)
-    program = make_program(point, calls, num_tables, implementation, geometry)
+    program = make_program(point, calls, tables, implementation, geometry)
+    rest = (kv_score, ape, jnp.asarray(point.kv_lens()))
 
-    def run(trips):
+    def run(programs):
         nonlocal state
         start = time.perf_counter()
-        state, total = program(state, trips, *rest)
-        total.block_until_ready()
+        for _ in range(programs):
+            state, kv_comp = program(state, *rest)
+        kv_comp.block_until_ready()
         return time.perf_counter() - start
 
-    few = 1
+    few = 2
     run(few)  # compiles
-    run(few)
     once = max((run(few + 3) - run(few)) / 3, 1e-5)
-    many = few + max(2, int(seconds / once))
+    many = few + max(3, int(seconds / once))
     times = [(run(many) - run(few)) / ((many - few) * calls) for _ in range(5)]
     return statistics.median(times) * 1e6, num_tables * point.bytes_moved()
 
@@ -180,31 +179,38 @@ def read_ceiling() -> float:
     return x.nbytes / min(times) / 1e9
 
 
-def environment() -> dict:
+def environment(commit: str | None) -> dict:
     def output(*command: str) -> str:
+        if shutil.which(command[0]) is None:
+            return ""
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
     return {
         "device": jax.devices()[0].device_kind,
         "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda": output("nvcc", "--version").rpartition("release ")[2].partition(",")[0],
         "jax": jax.__version__,
-        "commit": output("git", "rev-parse", "--short", "HEAD"),
+        "commit": commit or output("git", "rev-parse", "--short", "HEAD"),
         "read_ceiling_gb_s": round(read_ceiling()),
     }
 
 
-def variants_of(point: Point, geometries: bool, reference: bool) -> list[tuple[str, str, int]]:
+def geometries_of(point: Point) -> list[tuple[int, _config.Geometry]]:
+    """With their indices, those of a raw state, the baselines last."""
+    shape = (point.head_dim, point.ratio)
+    (found,) = (s.geometries for s in _config.SHAPES if (s.head_dim, s.compress_ratio) == shape)
+    return list(enumerate(found)) if point.format == "raw" else []
+
+
+def variants_of(point: Point, args: argparse.Namespace) -> list[tuple[str, str, int]]:
     """(name, implementation, geometry) of what is measured side by side."""
     variants = [("default", "ffi", -1)]
-    if geometries:
-        shape = (point.head_dim, point.ratio)
-        (found,) = (s.geometries for s in _config.SHAPES if (s.head_dim, s.compress_ratio) == shape)
-        for index, geometry in enumerate(found):
-            name = "/".join(str(int(x)) for x in geometry[:4])
-            if geometry.baseline:
-                name = f"row at a time, {geometry.warps} warps"
-            variants.append((name, "ffi", index))
-    if reference:
+    for index, geometry in geometries_of(point):
+        if geometry.baseline and args.baselines:
+            variants.append((f"row at a time, {geometry.warps} warps", "ffi", index))
+        if not geometry.baseline and args.geometries:
+            variants.append(("/".join(str(x) for x in geometry[:4]), "ffi", index))
+    if args.reference:
         variants.append(("jnp", "xla", -1))
     return variants
 
@@ -217,20 +223,35 @@ def main() -> None:
     add("--next-n", type=int, nargs="+", default=[4])
     add("--ratio", type=int, nargs="+", default=[128])
     add("--head-dim", type=int, nargs="+", default=[512])
-    add("--geometries", action="store_true", help="every compiled geometry, baselines included")
+    add("--state-format", nargs="+", choices=_config.STATE_FORMATS, default=["raw"])
+    add("--kv-score", nargs="+", choices=FLOATS, default=["bfloat16"])
+    add("--state", nargs="+", choices=FLOATS, default=["float32"])
+    add("--warm", action="store_true", help="all calls on the same pages")
+    add("--geometries", action="store_true", help="every compiled geometry, for tuning")
+    add("--baselines", action="store_true", help="one row at a time, with 1 and with 4 warps")
     add("--reference", action="store_true", help="the jitted jnp reference, too")
+    add("--commit", help="what is measured, where this is no git checkout")
     add("--out", default="/dev/null", help="append JSON lines to this file")
     args = parser.parse_args()
 
-    info = environment()
+    info = environment(args.commit)
     print(json.dumps(info), flush=True)
-    points = itertools.product(args.regime, args.batch, args.next_n, args.ratio, args.head_dim)
+    choices = itertools.product(
+        args.regime,
+        args.batch,
+        args.next_n,
+        args.ratio,
+        args.head_dim,
+        args.kv_score,
+        args.state,
+        ["bfloat16"],
+        args.state_format,
+        [args.warm],
+    )
     with open(args.out, "a") as out:
-        for point in itertools.starmap(Point, points):
+        for point in itertools.starmap(Point, choices):
             cells = []
-            for name, implementation, geometry in variants_of(
-                point, args.geometries, args.reference
-            ):
+            for name, implementation, geometry in variants_of(point, args):
                 us, cycle_bytes = measure(point, implementation, geometry)
                 gb_s = point.bytes_moved() / us / 1e3
                 record = dataclasses.asdict(point) | {
@@ -242,8 +263,9 @@ def main() -> None:
                 out.write(json.dumps(record | info) + "\n")
                 cells.append(f"{name} {us:.2f}")
             print(
-                f"R {point.ratio}, D {point.head_dim}, next_n {point.next_n}, {point.regime}, "
-                f"B={point.batch}: " + ", ".join(cells),
+                f"R {point.ratio}, D {point.head_dim}, next_n {point.next_n}, {point.state} "
+                f"{point.format}{', warm' * point.warm}, {point.regime}, B={point.batch}: "
+                + ", ".join(cells),
                 flush=True,
             )
 

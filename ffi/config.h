@@ -118,6 +118,9 @@ struct GeometriesOf<128> {
   static constexpr int64_t kFewChannels = 24 * 512;
 };
 
+// On a state of prefixes, up to so many requests x S a thread takes one channel, and beyond two.
+inline constexpr int64_t kFewPrefixChannels = 128 * 512;
+
 // ------------------------------------------------------------------------------------ walking it
 
 // Calls visit(Shape) on each shape until one returns true; false if none did.

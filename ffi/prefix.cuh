@@ -20,19 +20,19 @@
 
 namespace jax_dsv4 {
 
-template <class Config>
+template <class Config, int kVector_>
 struct PrefixTile {
-  static constexpr int kVector = 2;  // channels per thread
+  static constexpr int kVector = kVector_;  // channels per thread
   static constexpr int kThreads = min_of(128, Config::kHeadDim / kVector);
   static constexpr int kSlices = Config::kHeadDim / (kVector * kThreads);
   static constexpr int kHalves = Config::kStateDim / Config::kHeadDim;
   static constexpr int kRowsAtOnce = 4;  // new rows in flight
 };
 
-template <class Config>
-__global__ void __launch_bounds__(PrefixTile<Config>::kThreads)
+template <class Config, int kVector>
+__global__ void __launch_bounds__(PrefixTile<Config, kVector>::kThreads)
     prefix_kernel(const __grid_constant__ DecodeParams p) {
-  using T = PrefixTile<Config>;
+  using T = PrefixTile<Config, kVector>;
   using Out = typename Config::Out;
   using Floats = Vector<float, T::kVector>;
   constexpr int R = Config::kRatio, S = Config::kStateDim, D = Config::kHeadDim;

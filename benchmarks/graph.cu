@@ -1,0 +1,152 @@
+// The time of one call with nothing of XLA around it: the launches that the handler makes, captured
+// in a CUDA graph by hand. A check on benchmarks/decode.py, which measures inside a jitted program;
+// the same points, the same rotation through the pool.
+//
+//     nvcc -std=c++17 -O3 -arch=native -Iffi benchmarks/graph.cu -o graph && ./graph
+//
+// Prints JSON lines: R, D, next_n 4, kv_score bf16, state f32, kv_comp bf16, page 32.
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <initializer_list>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "launch.cuh"
+
+using namespace jax_dsv4;
+
+namespace {
+
+void check(cudaError_t status) {
+  if (status == cudaSuccess) return;
+  std::fprintf(stderr, "%s\n", cudaGetErrorString(status));
+  std::exit(1);
+}
+
+// Normal enough: the time does not depend on the values.
+template <class T>
+__global__ void fill(T* x, size_t size) {
+  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < size;
+       i += size_t{gridDim.x} * blockDim.x) {
+    x[i] = round_to<T>(static_cast<float>((i * 2654435761u >> 8) % 4096) / 1024 - 2);
+  }
+}
+
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(size_t size) {
+    check(cudaMalloc(&data_, size * sizeof(T)));
+    if constexpr (sizeof(T) == sizeof(float) || sizeof(T) == sizeof(bf16)) {
+      if constexpr (!std::is_same_v<T, int32_t>) fill<<<1024, 256>>>(data_, size);
+    }
+  }
+  explicit Buffer(const std::vector<T>& from) : Buffer(from.size()) {
+    check(cudaMemcpy(data_, from.data(), from.size() * sizeof(T), cudaMemcpyHostToDevice));
+  }
+  ~Buffer() { cudaFree(data_); }
+  Buffer(const Buffer&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+constexpr int kPageSize = 32, kNextN = 4;
+constexpr int64_t kPoolBytes = int64_t{1} << 30, kColdBytes = int64_t{256} << 20;
+
+template <class Config>
+void measure(const char* regime, int batch, StateFormat format) {
+  constexpr int R = Config::kRatio, S = Config::kStateDim, D = Config::kHeadDim;
+  constexpr int kLast = Config::kReducedRows;  // the length at which a window is complete
+  std::vector<int32_t> lens(batch);
+  double stored_rows = 0;
+  for (int b = 0; b < batch; ++b) {
+    lens[b] = regime[0] == 'a'   ? kLast
+              : regime[0] == 'n' ? kLast - 1
+                                 : kLast - kNextN * (b % std::max(1, R / kNextN));
+    const bool emits = lens[b] / R > (lens[b] - kNextN) / R;
+    stored_rows += format == StateFormat::kPrefix ? 1
+                   : emits ? (kLast - kNextN) / (Config::kOverlap ? 2.0 : 1.0)
+                           : 0;
+  }
+  const double bytes = (stored_rows + batch * kNextN) * 2 * S * sizeof(float) +
+                       batch * kNextN * 2 * S * sizeof(bf16) + batch * D * sizeof(bf16);
+  const int pages_each = (kLast + kPageSize - 1) / kPageSize;
+  const int64_t page_bytes = int64_t{2} * kPageSize * S * sizeof(float);
+  const int num_pages =
+      static_cast<int>(std::max<int64_t>(kPoolBytes / page_bytes, batch * pages_each));
+  const int calls = std::clamp<int64_t>(static_cast<int64_t>(kColdBytes / bytes), 64, 512);
+  const int num_tables = std::min(num_pages / (batch * pages_each), calls);
+  std::vector<int32_t> pages(num_pages);
+  std::iota(pages.begin(), pages.end(), 0);
+  std::shuffle(pages.begin(), pages.end(), std::mt19937(0));
+
+  const size_t pool = static_cast<size_t>(num_pages) * kPageSize * S;
+  const Buffer<float> kv(pool), score(pool), ape(R * S);
+  const Buffer<bf16> kv_score(size_t(batch) * kNextN * 2 * S);
+  const Buffer<bf16> kv_comp(size_t(batch) * D);
+  const Buffer<int32_t> tables(pages), kv_lens(lens);
+  DecodeParams p = {};
+  p.kv = kv.get(), p.score = score.get(), p.kv_score = kv_score.get(), p.ape = ape.get();
+  p.kv_lens = kv_lens.get(), p.kv_comp = kv_comp.get();
+  p.num_groups = 1, p.batch = batch, p.next_n = kNextN, p.num_windows = 1;
+  p.rows_per_pool = static_cast<uint32_t>(num_pages) * kPageSize;
+  p.paging = {Divisor(kPageSize), static_cast<uint32_t>(num_pages),
+              static_cast<uint32_t>(pages_each)};
+
+  cudaStream_t stream;
+  cudaGraph_t graph;
+  cudaGraphExec_t executable;
+  cudaEvent_t begin, end;
+  check(cudaStreamCreate(&stream));
+  check(cudaEventCreate(&begin));
+  check(cudaEventCreate(&end));
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+  for (int i = 0; i < calls; ++i) {
+    p.kv_tables = p.score_tables = tables.get() + (i % num_tables) * batch * pages_each;
+    const char* problem = launch<Config>(stream, p, format, choose_geometry<Config>(p));
+    if (problem != nullptr) std::fprintf(stderr, "%s\n", problem), std::exit(1);
+  }
+  check(cudaStreamEndCapture(stream, &graph));
+  check(cudaGraphInstantiate(&executable, graph, 0));
+  std::vector<double> us;
+  for (int round = 0; round < 7; ++round) {  // the first two warm up
+    constexpr int kLaunches = 5;
+    check(cudaEventRecord(begin, stream));
+    for (int i = 0; i < kLaunches; ++i) check(cudaGraphLaunch(executable, stream));
+    check(cudaEventRecord(end, stream));
+    check(cudaStreamSynchronize(stream));
+    float milliseconds;
+    check(cudaEventElapsedTime(&milliseconds, begin, end));
+    if (round >= 2) us.push_back(1e3 * milliseconds / kLaunches / calls);
+  }
+  std::sort(us.begin(), us.end());
+  std::printf(
+      "{\"regime\": \"%s\", \"batch\": %d, \"ratio\": %d, \"head_dim\": %d, \"format\": \"%s\", "
+      "\"variant\": \"graph by hand\", \"us\": %.3f}\n",
+      regime, batch, R, D, kStateFormatNames[static_cast<int>(format)], us[us.size() / 2]);
+  std::fflush(stdout);
+  check(cudaGraphExecDestroy(executable));
+  check(cudaGraphDestroy(graph));
+  check(cudaStreamDestroy(stream));
+}
+
+}  // namespace
+
+int main() {
+  using Types = DTypes<bf16, f32, bf16>;
+  using Hca = Config<Shape<512, 128, false>, Types>;
+  using Csa = Config<Shape<512, 4, true>, Types>;
+  for (StateFormat format : {StateFormat::kRaw, StateFormat::kPrefix}) {
+    for (int batch : {1, 16, 64, 128, 256, 512}) measure<Hca>("all emit", batch, format);
+    for (int batch : {32, 256}) measure<Hca>("distributed", batch, format);
+    for (int batch : {16, 256}) measure<Hca>("no hit", batch, format);
+    for (int batch : {1, 16, 256}) measure<Csa>("all emit", batch, format);
+  }
+}
