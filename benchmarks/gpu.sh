@@ -18,8 +18,8 @@ CUDAARCHS="$architecture-real" python3 -m pip install --quiet --no-build-isolati
   -Ccmake.define.JAX_DSV4_CUDA=ON
 JAX_DSV4_REQUIRE_GPU=1 python3 -m pytest -q -m gpu 2>&1 | tee "$results/tests.log"
 
-# On bad pages, tables overrun and every geometry. One cudaMalloc per buffer, for memcheck to see
-# where each ends.
+# On bad pages, tables overrun and every geometry, the kernels alone. One cudaMalloc per buffer, for
+# memcheck to see where each ends.
 for tool in memcheck racecheck; do
   JAX_DSV4_REQUIRE_GPU=1 XLA_PYTHON_CLIENT_ALLOCATOR=platform \
     compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 9 \
@@ -27,5 +27,17 @@ for tool in memcheck racecheck; do
 done
 
 python3 -m jax_dsv4 | tee "$results/main.log"
-python3 benchmarks/decode.py --geometries --reference --out "$results/decode.jsonl" |
-  tee "$results/decode.log"
+measure() { python3 benchmarks/decode.py --out "$results/decode.jsonl" "$@" | tee -a "$results/decode.log"; }
+measure --batch 1 16 32 64 128 256 512 --baselines --reference
+measure --regime distributed "no hit" --batch 1 16 32 64 128 256 --baselines
+measure --state-format prefix --regime "all emit" distributed "no hit" --batch 1 16 32 64 128 256 512
+measure --ratio 4 --head-dim 128 512 --state-format raw prefix --batch 1 16 64 256
+measure --next-n 1 2 8 --batch 1 16 256
+measure --state bfloat16 --kv-score bfloat16 float32 --batch 1 16 256
+measure --warm --batch 1 16 64 --baselines
+
+nvcc -std=c++17 -O3 -arch=native -Iffi benchmarks/graph.cu -o "$results/graph"
+"$results/graph" | tee "$results/graph.jsonl"
+# Needs permission to read the performance counters.
+ncu -k regex:kernel --launch-count 4 --section SpeedOfLight --section Occupancy \
+  --section WarpStateStats "$results/graph" >"$results/ncu.txt" || true

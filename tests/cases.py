@@ -317,16 +317,20 @@ def _on_pages_of(geometry: Geometry, case: Case) -> Case:
     return dataclasses.replace(case, page_size=rows_per_lane)
 
 
+HARD_REGIMES = ("bad_pages", "past_table", "ragged", "short")
+_HARD = [*CONFIGURATIONS, *(c for c in IN_REGIMES if c.regime in HARD_REGIMES)]
 GEOMETRIES = tuple(  # what a call can be told to use, in every configuration and where it is hard
     (_on_pages_of(geometry, case), index)
-    for case in [*CONFIGURATIONS, *IN_REGIMES]
+    for case in _HARD
     for shape in SHAPES
     if (shape.head_dim, shape.compress_ratio) == (case.head_dim, case.ratio)
     for index, geometry in enumerate(shape.geometries)
-    if case in CONFIGURATIONS or case.regime in ("bad_pages", "past_table", "ragged", "short")
     # The baselines, one row at a time, serve no step of more than one window.
     if case.num_windows == 1 or not geometry.baseline
 )
+# On prefixes the batch decides.
+MANY = tuple(Case(128, ratio, 4, BF16_IN_F32_STATE, batch=66000 // 128) for ratio in (4, 128))
+PREFIX_GEOMETRIES = tuple((case.in_prefix(), -1) for case in dict.fromkeys([*_HARD, *MANY]))
 ALL = tuple(dict.fromkeys([*MTP, *CONFIGURATIONS, *NEXT_N, *PAGE_SIZES, *IN_REGIMES]))
 
 

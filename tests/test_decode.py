@@ -41,11 +41,13 @@ def test_reference_agrees_with_float64_and_the_kernel_with_both(case, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("case", "geometry"), cases.GEOMETRIES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "geometry"), [*cases.GEOMETRIES, *cases.PREFIX_GEOMETRIES], ids=str
+)
 def test_every_geometry_agrees_with_float64(case, geometry, gpu):
     operands = cases.make_operands(case)
     kernel = run(case, operands, "ffi", gpu, geometry)
-    check_results(kernel, expected_results(case, operands))
+    check_results(kernel, expected_results(case, operands), case.state_format)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -1,0 +1,93 @@
+"""README's table of times, and plots, from measured JSON lines.
+
+    python benchmarks/report.py benchmarks/h200.jsonl
+
+Rewrites the table in README.md and the PNGs beside the results. Needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+
+import matplotlib.pyplot as plt
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- times -->", "<!-- /times -->"
+HCA = {"ratio": 128, "head_dim": 512, "next_n": 4, "state": "float32", "kv_score": "bfloat16"}
+# (label, what the rows are selected by), of the table and the plots
+LINES = [
+    ("raw, every request completes a window", {"regime": "all emit", "variant": "default"}),
+    ("raw, 1 in 32 completes one", {"regime": "distributed", "variant": "default"}),
+    ("raw, none does", {"regime": "no hit", "variant": "default"}),
+    (
+        "prefix, every request completes a window",
+        {"regime": "all emit", "variant": "default", "format": "prefix"},
+    ),
+    (
+        "prefix, none does",
+        {"regime": "no hit", "variant": "default", "format": "prefix"},
+    ),
+    (
+        "raw, one row at a time, 4 warps",
+        {"regime": "all emit", "variant": "row at a time, 4 warps"},
+    ),
+    (
+        "raw, one row at a time, 1 warp",
+        {"regime": "all emit", "variant": "row at a time, 1 warps"},
+    ),
+]
+
+
+def select(rows: list[dict], wanted: dict) -> dict[int, dict]:
+    """By batch."""
+    wanted = HCA | {"format": "raw", "warm": False} | wanted
+    return {r["batch"]: r for r in rows if all(r[key] == x for key, x in wanted.items())}
+
+
+def table(rows: list[dict]) -> str:
+    lines = {label: select(rows, wanted) for label, wanted in LINES}
+    batches = sorted(set().union(*lines.values()))
+    cells = [["B", *map(str, batches)], ["---"] * (1 + len(batches))]
+    for label, line in lines.items():
+        cells.append([label, *(f"{line[b]['us']:.1f}" if b in line else "" for b in batches)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def plot(rows: list[dict], key: str, title: str, path: pathlib.Path) -> None:
+    figure, axes = plt.subplots(figsize=(6, 4), dpi=80)
+    for label, wanted in LINES:
+        line = sorted(select(rows, wanted).items())
+        if line:
+            axes.plot([b for b, _ in line], [r[key] for _, r in line], marker=".", label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("requests")
+    axes.set_title(title, fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    path = pathlib.Path(sys.argv[1])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    before, _, rest = README.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise SystemExit(f"README.md has no section between {BEGIN} and {END}")
+    README.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{after}")
+    what = f"{rows[0]['device']}, R 128, D 512, next_n 4, kv_score bf16, state f32, cold"
+    plot(rows, "us", f"us per call ({what})", path.with_name(f"{path.stem}_us.png"))
+    plot(
+        rows,
+        "percent_of_read_ceiling",
+        f"% of the read ceiling ({what})",
+        path.with_name(f"{path.stem}_percent.png"),
+    )
+
+
+if __name__ == "__main__":
+    main()
