@@ -5,8 +5,8 @@
 // each into the prefix of its window, stores that, and emits the value of a window it completes.
 // Every row is merged by the same instructions, whatever the step: its bits do not depend on how
 // the tokens came.
-// Bytes: 6 S per request and step for the row before it, 4 S per new row (half of it read),
-// elements; nothing more where a window is completed.
+// Bytes: 2 S per request for the row before the step, and S more where windows overlap; 4 S per new
+// row (half of it read), elements; nothing more where a window is completed.
 
 #pragma once
 
