@@ -79,7 +79,7 @@ def main() -> None:
     if not end:
         raise SystemExit(f"README.md has no section between {BEGIN} and {END}")
     README.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{after}")
-    what = f"{rows[0]['device']}, R 128, D 512, next_n 4, kv_score bf16, state f32, cold"
+    what = f"{rows[0]['device']}, R 128, D 512, next_n 4, kv_score bf16, state f32"
     plot(rows, "us", f"us per call ({what})", path.with_name(f"{path.stem}_us.png"))
     plot(
         rows,

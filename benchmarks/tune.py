@@ -20,11 +20,14 @@ SMALL = 16  # the largest batch by which the geometry for few requests is chosen
 
 
 def tune(ratio: int) -> None:
-    geometries = [(i, g) for i, g in geometries_of(Point("all emit", 1, ratio=ratio))]
-    geometries = [(i, "/".join(map(str, g[:4]))) for i, g in geometries if not g.baseline]
+    names = {
+        index: "/".join(map(str, geometry[:4]))
+        for index, geometry in geometries_of(Point("all emit", 1, ratio=ratio))
+        if not geometry.baseline
+    }
     cost = {}  # by geometry and batch: the geometric mean over the regimes
     for batch in BATCHES:
-        for index, name in geometries:
+        for index, name in names.items():
             times = [
                 measure(Point(regime, batch, ratio=ratio), geometry=index)[0]
                 for regime in ("all emit", "distributed")
@@ -37,14 +40,11 @@ def tune(ratio: int) -> None:
             )
 
     def best(batches):
-        return min(
-            (i for i, _ in geometries), key=lambda i: sum(math.log(cost[i, b]) for b in batches)
-        )
+        return min(names, key=lambda i: sum(math.log(cost[i, b]) for b in batches))
 
     many = best([b for b in BATCHES if b > 2 * SMALL])
     few = best([b for b in BATCHES if b <= SMALL])
     won = [b for b in BATCHES if cost[few, b] < cost[many, b]]
-    names = dict(geometries)
     print(
         f"R {ratio}: first of the list: {names[many]}; kFew: the index of {names[few]}; "
         f"kFewChannels = {max(won, default=0)} * 512"
