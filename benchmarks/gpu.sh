@@ -21,19 +21,23 @@ JAX_DSV4_REQUIRE_GPU=1 python3 -m pytest -q -m gpu 2>&1 | tee "$results/tests.lo
 # On bad pages, tables overrun and every geometry, the kernels alone. One cudaMalloc per buffer, for
 # memcheck to see where each ends.
 for tool in memcheck racecheck; do
-  JAX_DSV4_REQUIRE_GPU=1 XLA_PYTHON_CLIENT_ALLOCATOR=platform \
+  JAX_DSV4_REQUIRE_GPU=1 XLA_PYTHON_CLIENT_ALLOCATOR=platform timeout -k 10 900 \
     compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 9 \
-    python3 -m pytest -q -m gpu -k every_geometry -p no:cacheprovider 2>&1 | tee "$results/$tool.log"
+    python3 -m pytest -q -m gpu -k every_geometry -p no:cacheprovider >"$results/$tool.log" 2>&1 ||
+    failed="${failed:-} $tool"
+  tail -3 "$results/$tool.log"
 done
 
 python3 -m jax_dsv4 | tee "$results/main.log"
 measure() { python3 benchmarks/decode.py --out "$results/decode.jsonl" "$@" | tee -a "$results/decode.log"; }
 measure --batch 1 16 32 64 128 256 512 --baselines --reference
-measure --regime distributed "no hit" --batch 1 16 32 64 128 256 --baselines
-measure --state-format prefix --regime "all emit" distributed "no hit" --batch 1 16 32 64 128 256 512
-measure --ratio 4 --head-dim 128 512 --state-format raw prefix --batch 1 16 64 256
+measure --state-format prefix --regime "all emit" "no hit" distributed --batch 1 16 64 128 256 512
+measure --regime distributed --batch 32 64 128 256 --baselines
+measure --regime "no hit" --batch 1 16 64 256
+measure --ratio 4 --head-dim 512 128 --state-format raw prefix --batch 1 16 64 256
 measure --next-n 1 2 8 --batch 1 16 256
 measure --state bfloat16 --kv-score bfloat16 float32 --batch 1 16 256
+measure --head-dim 128 --batch 1 16 256
 measure --warm --batch 1 16 64 --baselines
 
 nvcc -std=c++17 -O3 -arch=native -Iffi benchmarks/graph.cu -o "$results/graph"
@@ -41,3 +45,4 @@ nvcc -std=c++17 -O3 -arch=native -Iffi benchmarks/graph.cu -o "$results/graph"
 # Needs permission to read the performance counters.
 ncu -k regex:kernel --launch-count 4 --section SpeedOfLight --section Occupancy \
   --section WarpStateStats "$results/graph" >"$results/ncu.txt" || true
+test -z "${failed:-}" || { echo "failed:$failed"; exit 1; }

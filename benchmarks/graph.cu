@@ -1,6 +1,7 @@
 // The time of one call with nothing of XLA around it: the launches that the handler makes, captured
 // in a CUDA graph by hand. A check on benchmarks/decode.py, which measures inside a jitted program;
-// the same points, the same rotation through the pool.
+// the same points, the same rotation through the pool. And what bounds the largest of them: a plain
+// streaming read of as many bytes, with and without a few bytes written beside it.
 //
 //     nvcc -std=c++17 -O3 -arch=native -Iffi benchmarks/graph.cu -o graph && ./graph
 //
@@ -37,6 +38,23 @@ __global__ void fill(T* x, size_t size) {
   }
 }
 
+// Reads every vector, and writes one block of 8 KiB of `every` of those read; none if 0.
+__global__ void __launch_bounds__(512)
+    stream_kernel(const float4* from, size_t size, float4* to, int every, float* sink) {
+  constexpr int kUnroll = 8, kThreads = 512;
+  float sum = 0;
+  for (size_t block = blockIdx.x; block * kUnroll * kThreads < size; block += gridDim.x) {
+    float4 x[kUnroll];
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) x[i] = from[(block * kUnroll + i) * kThreads + threadIdx.x];
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) sum += x[i].x + x[i].y + x[i].z + x[i].w;
+    const size_t writes = every == 0 ? 0 : block * kUnroll / every;
+    if (every != 0 && block * kUnroll % every == 0) to[writes * kThreads + threadIdx.x] = x[0];
+  }
+  if (sum == 1.2345f) *sink = sum;
+}
+
 template <class T>
 class Buffer {
  public:
@@ -60,6 +78,59 @@ class Buffer {
 constexpr int kPageSize = 32, kNextN = 4;
 constexpr int64_t kPoolBytes = int64_t{1} << 30, kColdBytes = int64_t{256} << 20;
 
+// Microseconds of what `work` puts into a stream, as one graph: the median.
+template <class Work>
+double time_of(Work work) {
+  cudaStream_t stream;
+  cudaGraph_t graph;
+  cudaGraphExec_t executable;
+  cudaEvent_t begin, end;
+  check(cudaStreamCreate(&stream));
+  check(cudaEventCreate(&begin));
+  check(cudaEventCreate(&end));
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+  work(stream);
+  check(cudaStreamEndCapture(stream, &graph));
+  check(cudaGraphInstantiate(&executable, graph, 0));
+  std::vector<double> us;
+  for (int round = 0; round < 7; ++round) {  // the first two warm up
+    constexpr int kLaunches = 5;
+    check(cudaEventRecord(begin, stream));
+    for (int i = 0; i < kLaunches; ++i) check(cudaGraphLaunch(executable, stream));
+    check(cudaEventRecord(end, stream));
+    check(cudaStreamSynchronize(stream));
+    float milliseconds;
+    check(cudaEventElapsedTime(&milliseconds, begin, end));
+    if (round >= 2) us.push_back(1e3 * milliseconds / kLaunches);
+  }
+  std::sort(us.begin(), us.end());
+  check(cudaGetLastError());
+  check(cudaGraphExecDestroy(executable));
+  check(cudaGraphDestroy(graph));
+  check(cudaStreamDestroy(stream));
+  return us[us.size() / 2];
+}
+
+void measure_stream(size_t mib) {
+  constexpr int kCalls = 64;
+  const size_t size = (mib << 20) / sizeof(float4);
+  const size_t slots = std::max<size_t>(2, kPoolBytes / (mib << 20));
+  const Buffer<float4> from(slots * size), to(kCalls * size / 16);
+  const Buffer<float> sink(1);
+  for (int every : {0, 128, 32}) {
+    const double us = time_of([&](cudaStream_t stream) {
+      for (int i = 0; i < kCalls; ++i) {
+        stream_kernel<<<4 * 132, 512, 0, stream>>>(from.get() + i % slots * size, size,
+                                                   to.get() + i * (size / 16), every, sink.get());
+      }
+    });
+    std::printf(
+        "{\"variant\": \"streaming read\", \"mib\": %zu, \"mib_written\": %zu, \"us\": %.3f}\n",
+        mib, every == 0 ? 0 : mib / every, us / kCalls);
+    std::fflush(stdout);
+  }
+}
+
 template <class Config>
 void measure(const char* regime, int batch, StateFormat format) {
   constexpr int R = Config::kRatio, S = Config::kStateDim, D = Config::kHeadDim;
@@ -79,9 +150,10 @@ void measure(const char* regime, int batch, StateFormat format) {
                        batch * kNextN * 2 * S * sizeof(bf16) + batch * D * sizeof(bf16);
   const int pages_each = (kLast + kPageSize - 1) / kPageSize;
   const int64_t page_bytes = int64_t{2} * kPageSize * S * sizeof(float);
-  const int num_pages =
-      static_cast<int>(std::max<int64_t>(kPoolBytes / page_bytes, batch * pages_each));
   const int calls = std::clamp<int64_t>(static_cast<int64_t>(kColdBytes / bytes), 64, 512);
+  const int64_t wanted = std::min<int64_t>(calls, static_cast<int64_t>(kColdBytes / bytes) + 1);
+  const int num_pages =
+      static_cast<int>(std::max<int64_t>(kPoolBytes / page_bytes, wanted * batch * pages_each));
   const int num_tables = std::min(num_pages / (batch * pages_each), calls);
   std::vector<int32_t> pages(num_pages);
   std::iota(pages.begin(), pages.end(), 0);
@@ -100,41 +172,27 @@ void measure(const char* regime, int batch, StateFormat format) {
   p.paging = {Divisor(kPageSize), static_cast<uint32_t>(num_pages),
               static_cast<uint32_t>(pages_each)};
 
-  cudaStream_t stream;
-  cudaGraph_t graph;
-  cudaGraphExec_t executable;
-  cudaEvent_t begin, end;
-  check(cudaStreamCreate(&stream));
-  check(cudaEventCreate(&begin));
-  check(cudaEventCreate(&end));
-  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-  for (int i = 0; i < calls; ++i) {
-    p.kv_tables = p.score_tables = tables.get() + (i % num_tables) * batch * pages_each;
-    const char* problem = launch<Config>(stream, p, format, choose_geometry<Config>(p));
-    if (problem != nullptr) std::fprintf(stderr, "%s\n", problem), std::exit(1);
-  }
-  check(cudaStreamEndCapture(stream, &graph));
-  check(cudaGraphInstantiate(&executable, graph, 0));
-  std::vector<double> us;
-  for (int round = 0; round < 7; ++round) {  // the first two warm up
-    constexpr int kLaunches = 5;
-    check(cudaEventRecord(begin, stream));
-    for (int i = 0; i < kLaunches; ++i) check(cudaGraphLaunch(executable, stream));
-    check(cudaEventRecord(end, stream));
-    check(cudaStreamSynchronize(stream));
-    float milliseconds;
-    check(cudaEventElapsedTime(&milliseconds, begin, end));
-    if (round >= 2) us.push_back(1e3 * milliseconds / kLaunches / calls);
-  }
-  std::sort(us.begin(), us.end());
+  // Between two launches of the graph all that the L2 holds is replaced.
+  const Buffer<float4> cold(kColdBytes / sizeof(float4));
+  const Buffer<float> sink(1);
+  const auto flush = [&](cudaStream_t stream) {
+    stream_kernel<<<4 * 132, 512, 0, stream>>>(cold.get(), kColdBytes / sizeof(float4), nullptr, 0,
+                                               sink.get());
+  };
+  const double all = time_of([&](cudaStream_t stream) {
+    for (int i = 0; i < calls; ++i) {
+      p.kv_tables = p.score_tables = tables.get() + (i % num_tables) * batch * pages_each;
+      const char* problem = launch<Config>(stream, p, format, choose_geometry<Config>(p));
+      if (problem != nullptr) std::fprintf(stderr, "%s\n", problem), std::exit(1);
+    }
+    flush(stream);
+  });
+  const double us = (all - time_of(flush)) / calls;
   std::printf(
       "{\"regime\": \"%s\", \"batch\": %d, \"ratio\": %d, \"head_dim\": %d, \"format\": \"%s\", "
       "\"variant\": \"graph by hand\", \"us\": %.3f}\n",
-      regime, batch, R, D, kStateFormatNames[static_cast<int>(format)], us[us.size() / 2]);
+      regime, batch, R, D, kStateFormatNames[static_cast<int>(format)], us);
   std::fflush(stdout);
-  check(cudaGraphExecDestroy(executable));
-  check(cudaGraphDestroy(graph));
-  check(cudaStreamDestroy(stream));
 }
 
 }  // namespace
@@ -143,10 +201,11 @@ int main() {
   using Types = DTypes<bf16, f32, bf16>;
   using Hca = Config<Shape<512, 128, false>, Types>;
   using Csa = Config<Shape<512, 4, true>, Types>;
+  for (size_t mib : {64, 128, 256}) measure_stream(mib);
   for (StateFormat format : {StateFormat::kRaw, StateFormat::kPrefix}) {
     for (int batch : {1, 16, 64, 128, 256, 512}) measure<Hca>("all emit", batch, format);
     for (int batch : {32, 256}) measure<Hca>("distributed", batch, format);
-    for (int batch : {16, 256}) measure<Hca>("no hit", batch, format);
+    for (int batch : {1, 16, 256}) measure<Hca>("no hit", batch, format);
     for (int batch : {1, 16, 256}) measure<Csa>("all emit", batch, format);
   }
 }

@@ -15,8 +15,8 @@ import math
 
 from decode import Point, geometries_of, measure
 
-BATCHES = (1, 4, 16, 24, 32, 64, 128, 256)
-SMALL = 16  # the largest batch by which the geometry for few requests is chosen
+BATCHES = (1, 16, 32, 64, 128, 256)
+SMALL = 32  # the largest batch by which the geometry for few requests is chosen
 
 
 def tune(ratio: int) -> None:

@@ -1,6 +1,8 @@
-// The reduction of R = 128 that this project started from, kept to be measured against: a warp
-// takes one row after another, looks up its page, loads it and updates a running softmax (two exps
-// per element); new rows go through memory and a barrier. With one warp, and shared by four.
+// The reduction of R = 128 that this project started from, TensorRT-LLM's, kept to be measured
+// against. After the new rows have gone through memory and a barrier, a warp takes the rows of its
+// share one after another: divides the position by the page size, looks up the page, loads the row
+// and updates a running softmax, with two expf per element. Then one warp merges the shares. With
+// one warp, and shared by four.
 
 #pragma once
 
@@ -15,44 +17,81 @@ __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads)
   using T = Tile<Config, Geometry>;
   using State = typename Config::State;
   using Out = typename Config::Out;
-  constexpr int S = Config::kStateDim;
+  using Floats = Vector<float, T::kVector>;
+  constexpr int S = Config::kStateDim, kShare = Config::kReducedRows / Geometry::kWarps;
   static_assert(!Config::kOverlap);
-  __shared__ SharedPlan<Config, Geometry> smem;
+  __shared__ Floats shared_max[Geometry::kWarps][32], shared_sum[Geometry::kWarps][32],
+      shared_weighted[Geometry::kWarps][32];
 
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint32_t index = blockIdx.x / T::kSlices;
-  const int slice_column = static_cast<int>(blockIdx.x % T::kSlices) * T::kColumns;
+  const int column = (blockIdx.x % T::kSlices * 32 + lane) * T::kVector;
   const Request<Config> r = request_at<Config>(p, blockIdx.z, index);
-  Out* out = static_cast<Out*>(p.kv_comp) +
-             (int64_t{blockIdx.z} * p.batch + index) * Config::kHeadDim + slice_column;
-  WindowReducer<Config, Geometry> reducer(p, r, r.first_window, slice_column);
-  State* const kv = static_cast<State*>(p.kv) + reducer.column;
-  State* const score = static_cast<State*>(p.score) + reducer.column;
+  State* const kv = static_cast<State*>(p.kv) + column;
+  State* const score = static_cast<State*>(p.score) + column;
+  Out* const out = static_cast<Out*>(p.kv_comp) +
+                   uint64_t{blockIdx.z * p.batch + index} * Config::kHeadDim + column;
+  const auto find_row = [&](const int32_t* table, uint32_t position) {
+    const uint32_t page = position / p.paging.page_size.value;
+    const uint32_t id = page < p.paging.max_pages ? table[page] : ~0u;
+    return r.row_of(p.paging, {id, position % p.paging.page_size.value});
+  };
 
-  for (int t = reducer.row_group; t < r.num_new; t += T::kRowGroups) {
+  for (int t = 0; t < r.num_new && warp == 0; ++t) {
     const int position = r.first_position + t;
     if (position < 0) continue;
-    const NewVector<Config, T::kVector> row(r, position, reducer.column);
-    const uint32_t kv_row = r.find_row(p.paging, r.kv_table, position);
-    const uint32_t score_row = r.find_row(p.paging, r.score_table, position);
+    NewVector<Config, T::kVector> row(r, t, column);
+    row.load_bias(r, position, column);
+    const uint32_t kv_row = find_row(r.kv_table, position);
+    const uint32_t score_row = find_row(r.score_table, position);
     if (kv_row != kNowhere) store(kv + uint64_t{kv_row} * S, row.kv());
     if (score_row != kNowhere) store(score + uint64_t{score_row} * S, row.score());
   }
+  __syncthreads();  // the new rows, before any warp reads them back
+  Vector<Out, T::kVector> value = {};
   if (r.first_window >= r.end_window) {
-    for (int c = threadIdx.x; c < T::kColumns; c += T::kThreads) out[c] = round_to<Out>(0.0f);
+    if (warp == 0) store(out, value);
     return;
   }
-  __syncthreads();  // the new rows, before any warp reads them back
-#pragma unroll 1
-  for (int i = reducer.row_group; i < Config::kReducedRows; i += T::kRowGroups) {
-    const uint32_t kv_row = r.find_row(p.paging, r.kv_table, reducer.begin + i);
-    const uint32_t score_row = r.find_row(p.paging, r.score_table, reducer.begin + i);
+
+  Floats max, sum, weighted;
+#pragma unroll
+  for (int v = 0; v < T::kVector; ++v) max.x[v] = kNegInf, sum.x[v] = weighted.x[v] = 0;
+  const auto add = [&](int v, float other_max, float other_sum, float other_weighted) {
+    const float highest = fmaxf(max.x[v], other_max);
+    const float scale = expf(max.x[v] - finite(highest));
+    const float other_scale = expf(other_max - finite(highest));
+    max.x[v] = highest;
+    sum.x[v] = sum.x[v] * scale + other_sum * other_scale;
+    weighted.x[v] = weighted.x[v] * scale + other_weighted * other_scale;
+  };
+  const int begin = r.first_window * Config::kRatio + warp * kShare;
+  for (int position = begin; position < begin + kShare; ++position) {
+    const uint32_t kv_row = find_row(r.kv_table, position);
+    const uint32_t score_row = find_row(r.score_table, position);
     if (kv_row == kNowhere || score_row == kNowhere) continue;
-    const Vector<State, T::kVector> kvs[1] = {load<State, T::kVector>(kv + uint64_t{kv_row} * S)};
-    const Vector<State, T::kVector> scores[1] = {
-        load<State, T::kVector>(score + uint64_t{score_row} * S)};
-    reducer.partial.add(kvs, scores);
+    const auto kvs = load<State, T::kVector>(kv + uint64_t{kv_row} * S);
+    const auto scores = load<State, T::kVector>(score + uint64_t{score_row} * S);
+#pragma unroll
+    for (int v = 0; v < T::kVector; ++v) add(v, to_f32(scores.x[v]), 1.0f, to_f32(kvs.x[v]));
   }
-  reducer.store_merged(smem, out);
+  shared_max[warp][lane] = max;
+  shared_sum[warp][lane] = sum;
+  shared_weighted[warp][lane] = weighted;
+  __syncthreads();  // every warp's share, before the first merges them
+  if (warp != 0) return;
+  for (int other = 1; other < Geometry::kWarps; ++other) {
+#pragma unroll
+    for (int v = 0; v < T::kVector; ++v) {
+      add(v, shared_max[other][lane].x[v], shared_sum[other][lane].x[v],
+          shared_weighted[other][lane].x[v]);
+    }
+  }
+#pragma unroll
+  for (int v = 0; v < T::kVector; ++v) {
+    value.x[v] = round_to<Out>(sum.x[v] == 0 ? 0.0f : weighted.x[v] / sum.x[v]);
+  }
+  store(out, value);
 }
 
 }  // namespace jax_dsv4

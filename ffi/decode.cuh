@@ -1,8 +1,9 @@
 // The decode operation on an NVIDIA GPU: device code only.
 //
 // Grid: x = requests x CTAs of a request, y = windows, z = groups. Of a request's CTAs, the first
-// kSlices reduce, each one window over a slice of kColumns channels; the others store the new rows,
-// a warp each, and the zeros of windows that the step does not complete.
+// kSlices reduce, each one window over a slice of kColumns channels, and store what they can of its
+// new rows; the others store the remaining ones, a warp each, and the zeros of windows that the
+// step does not complete.
 //
 // The threads of a CTA that reduces form kRowGroups, of kLanes lanes; a lane holds 16 bytes of a
 // row. A row group takes one of the window's new rows from kv_score, rounded as it is stored, so
@@ -85,10 +86,6 @@ __device__ __forceinline__ Vector<T, kSize> load_once(const T* source) {
   return u.vector;
 }
 
-// What to subtract from scores of this maximum: with nothing but -inf below it, every weight is
-// exp(-inf) = 0, not NaN.
-__device__ __forceinline__ float finite(float max) { return fmaxf(max, -kMaxFloat); }
-
 // weighted / sum, or 0 where nothing has any weight.
 __device__ __forceinline__ float quotient(float weighted, float sum) {
   return sum == 0 ? 0.0f : fast_quotient(weighted, sum);
@@ -132,19 +129,22 @@ template <class Config, int kSize>
 struct NewVector {
   using State = typename Config::State;
   using KvScore = typename Config::KvScore;
+  static constexpr int S = Config::kStateDim;
 
   Vector<KvScore, kSize> kv_in, score_in;
   Vector<float, kSize> bias;
 
   NewVector() = default;
-  // From channel `from` of the state on.
-  __device__ NewVector(const Request<Config>& r, int position, int from) {
-    constexpr int S = Config::kStateDim;
-    const KvScore* row = r.kv_score + int64_t{position - r.first_position} * (2 * S) + from;
+  // Of row t < next_n, from channel `from` of the state on. Where the row is does not depend on the
+  // request's length; its bias does.
+  __device__ NewVector(const Request<Config>& r, int t, int from) {
+    const KvScore* row = r.kv_score + int64_t{t} * (2 * S) + from;
     kv_in = load<KvScore, kSize>(row);
     score_in = load<KvScore, kSize>(row + S);
 #pragma unroll
     for (int v = 0; v < kSize; ++v) bias.x[v] = -0.0f;  // adding +0 would lose a -0
+  }
+  __device__ void load_bias(const Request<Config>& r, uint32_t position, int from) {
     if (r.ape != nullptr) {
       bias = load<float, kSize>(r.ape + position % Config::kRatio * S + from);
     }
@@ -164,8 +164,13 @@ struct NewVector {
   }
 };
 
-// By a warp: stores row t of a request. If it is the first of the R rows that go with a window of
-// the output, and the step does not complete that window, its zeros, too.
+// Whether the CTAs that reduce a window store its new rows: they have them, each its own columns.
+// Where windows overlap, a row belongs to two of them.
+template <class Config>
+inline constexpr bool kReducersStore = !Config::kOverlap;
+
+// By a warp: stores row t of a request, unless a reducer does. If it is the first of the R rows
+// that go with a window of the output, and the step does not complete that window, its zeros, too.
 template <class Config, int kVector>
 __device__ void write_row(const DecodeParams& p, const Request<Config>& r, int t,
                           typename Config::Out* out) {
@@ -180,12 +185,15 @@ __device__ void write_row(const DecodeParams& p, const Request<Config>& r, int t
   }
   const int position = r.first_position + t;
   if (t >= r.num_new || position < 0) return;
+  if (kReducersStore<Config> && position < r.end_window * R) return;
   const TableEntry kv_entry = look_up(p.paging, r.kv_table, position);
   const TableEntry score_entry = look_up(p.paging, r.score_table, position);
   NewVector<Config, kVector> row[kVectors];
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    row[i] = NewVector<Config, kVector>(r, position, (32 * i + lane) * kVector);
+    const int column = (32 * i + lane) * kVector;
+    row[i] = NewVector<Config, kVector>(r, t, column);
+    row[i].load_bias(r, position, column);
   }
   const uint32_t kv_row = r.row_of(p.paging, kv_entry);
   const uint32_t score_row = r.row_of(p.paging, score_entry);
@@ -250,18 +258,26 @@ struct WindowReducer {
     // Of a window that is not completed nothing is used, but its rows may not be there to load.
     if (position >= (window + 1u) * R || position - r.first_position >= r.num_new) return row;
     row.exists = true;
-    row.vector = NewVector<Config, T::kVector>(r, position, column_at(position));
+    const int from = column_at(position);
+    row.vector = NewVector<Config, T::kVector>(r, position - r.first_position, from);
+    row.vector.load_bias(r, position, from);
     row.kv_entry = look_up(p.paging, r.kv_table, position);
     row.score_entry = look_up(p.paging, r.score_table, position);
     return row;
   }
   __device__ void add(const NewRow& row) {
-    if (!row.exists || r.row_of(p.paging, row.kv_entry) == kNowhere ||
-        r.row_of(p.paging, row.score_entry) == kNowhere) {
-      return;
-    }
+    if (!row.exists) return;
+    const uint32_t kv_row = r.row_of(p.paging, row.kv_entry);
+    const uint32_t score_row = r.row_of(p.paging, row.score_entry);
     const StateVector kv[1] = {row.vector.kv()}, score[1] = {row.vector.score()};
-    partial.add(kv, score);
+    if constexpr (kReducersStore<Config>) {
+      if (kv_row != kNowhere)
+        store(static_cast<State*>(p.kv) + uint64_t{kv_row} * S + column, kv[0]);
+      if (score_row != kNowhere) {
+        store(static_cast<State*>(p.score) + uint64_t{score_row} * S + column, score[0]);
+      }
+    }
+    if (kv_row != kNowhere && score_row != kNowhere) partial.add(kv, score);
   }
 
   // This lane's stored rows: neighbours, on one page (the launch sees to it).

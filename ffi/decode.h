@@ -22,16 +22,16 @@ struct DecodeParams {
   const int32_t* q_lens;        // [G or 1, B]; null: next_n for every request
   void* kv_comp;                // [G, B, num_windows, D], every element written
 
-  int32_t num_groups;  // G
-  int32_t batch;       // B
+  uint32_t num_groups;  // G
+  uint32_t batch;       // B; G B < 2^31
   int32_t next_n;
   uint32_t rows_per_pool;  // num_pages * page_size
-  int32_t num_windows;     // ceil(next_n / R), the most that one step can complete
+  uint32_t num_windows;    // ceil(next_n / R), the most that one step can complete
   Paging paging;
 
   // From a group to the next, in requests: B, or 0 where all groups share the operand.
-  int32_t kv_score_stride, kv_tables_stride, score_tables_stride, kv_lens_stride, q_lens_stride;
-  int32_t ape_stride;  // in arrays [R, S]: 1 or 0
+  uint32_t kv_score_stride, kv_tables_stride, score_tables_stride, kv_lens_stride, q_lens_stride;
+  uint32_t ape_stride;  // in arrays [R, S]: 1 or 0
 };
 
 template <class Config>
@@ -63,7 +63,7 @@ struct Request {
 
 template <class Config>
 JAX_DSV4_HD Request<Config> request_at(const DecodeParams& p, uint32_t group, uint32_t index) {
-  const auto row_of = [&](int32_t stride) { return int64_t{group} * stride + index; };
+  const auto row_of = [&](uint32_t stride) { return group * stride + index; };
 
   Request<Config> r;
   const int32_t length = p.kv_lens[row_of(p.kv_lens_stride)];
@@ -72,20 +72,23 @@ JAX_DSV4_HD Request<Config> request_at(const DecodeParams& p, uint32_t group, ui
     const int32_t q_len = p.q_lens[row_of(p.q_lens_stride)];
     n = q_len < n ? q_len : n;
   }
-  r.num_new = length > 0 && n > 0 ? n : 0;
-  r.first_position = r.num_new > 0 ? length - n : 0;
-  r.first_window = (r.first_position > 0 ? r.first_position : 0) / Config::kRatio;
-  r.end_window = r.num_new > 0 ? length / Config::kRatio : r.first_window;
+  const bool active = length > 0 && n > 0;
+  r.num_new = active ? n : 0;
+  r.first_position = active ? length - n : 0;
+  const uint32_t start = r.first_position > 0 ? r.first_position : 0;
+  r.first_window = start / Config::kRatio;
+  r.end_window = (active ? static_cast<uint32_t>(length) : 0) / Config::kRatio;
 
   r.pool_row = group * p.rows_per_pool;
   r.kv_score = static_cast<const typename Config::KvScore*>(p.kv_score) +
-               row_of(p.kv_score_stride) * p.next_n * (2 * Config::kStateDim);
+               uint64_t{row_of(p.kv_score_stride)} * static_cast<uint32_t>(p.next_n) *
+                   (2 * Config::kStateDim);
   r.ape = p.ape;
   if (p.ape != nullptr) {
-    r.ape += int64_t{group} * p.ape_stride * (Config::kRatio * Config::kStateDim);
+    r.ape += uint64_t{group * p.ape_stride} * (Config::kRatio * Config::kStateDim);
   }
-  r.kv_table = p.kv_tables + row_of(p.kv_tables_stride) * p.paging.max_pages;
-  r.score_table = p.score_tables + row_of(p.score_tables_stride) * p.paging.max_pages;
+  r.kv_table = p.kv_tables + uint64_t{row_of(p.kv_tables_stride)} * p.paging.max_pages;
+  r.score_table = p.score_tables + uint64_t{row_of(p.score_tables_stride)} * p.paging.max_pages;
   return r;
 }
 

@@ -71,7 +71,7 @@ void reduce_window(const DecodeParams& p, const Request<Config>& r, int32_t wind
   for (int i = 0; i < num_rows; ++i) {
     for (int d = 0; d < D; ++d) max[d] = std::max(max[d], to_f32(rows[i].score[d]));
   }
-  for (int d = 0; d < D; ++d) max[d] = finite_or_zero(max[d]);
+  for (int d = 0; d < D; ++d) max[d] = finite(max[d]);
   for (int i = 0; i < num_rows; ++i) {
     for (int d = 0; d < D; ++d) {
       const float weight = std::exp(to_f32(rows[i].score[d]) - max[d]);

@@ -253,7 +253,9 @@ ffi::Error check_and_run(const DecodeCall& call, Run&& run) {
         "state_dtype: expected F32 in this state_format, got " + dtype_text(a.state_dtype));
     check.per_group("state.kv", o.kv, a.state_dtype, {num_pages, page_size, S});
     check.per_group("state.score", o.score, a.state_dtype, {num_pages, page_size, S});
-    const auto stride = [&](bool per_group) { return per_group ? static_cast<int32_t>(batch) : 0; };
+    const auto stride = [&](bool per_group) {
+      return per_group ? static_cast<uint32_t>(batch) : 0;
+    };
     p.kv_score_stride = stride(
         check.maybe_shared("kv_score", o.kv_score, a.kv_score_dtype, {batch, a.next_n, 2 * S}));
     p.ape_stride =

@@ -7,6 +7,11 @@
 // the tokens came.
 // Bytes: 2 S per request for the row before the step, and S more where windows overlap; 4 S per new
 // row (half of it read), elements; nothing more where a window is completed.
+//
+// A step is one chain, kv_len -> page -> row before the step -> one merge per token, on few
+// threads: what counts is the number of instructions on it. So the lanes of a warp look up all of
+// its rows with one lookup, a row each, and what does not depend on kv_len is loaded before it is
+// there.
 
 #pragma once
 
@@ -27,125 +32,155 @@ struct PrefixTile {
   static constexpr int kSlices = Config::kHeadDim / (kVector * kThreads);
   static constexpr int kHalves = Config::kStateDim / Config::kHeadDim;
   static constexpr int kRowsAtOnce = 4;  // new rows in flight
+  // CTAs that should fit an SM, where that many registers would not let them.
+  static constexpr int kMinCtas = kHalves * kVector > 2 ? 4 : 1;
 };
 
 template <class Config, int kVector>
-__global__ void __launch_bounds__(PrefixTile<Config, kVector>::kThreads)
+__global__ void __launch_bounds__(PrefixTile<Config, kVector>::kThreads,
+                                  PrefixTile<Config, kVector>::kMinCtas)
     prefix_kernel(const __grid_constant__ DecodeParams p) {
   using T = PrefixTile<Config, kVector>;
   using Out = typename Config::Out;
-  using Floats = Vector<float, T::kVector>;
+  using Floats = Vector<float, kVector>;
   constexpr int R = Config::kRatio, S = Config::kStateDim, D = Config::kHeadDim;
-  constexpr int kOwn = T::kHalves - 1;  // the half that a window contributes to its own value
+  constexpr int kHalves = T::kHalves, kRows = T::kRowsAtOnce;
+  constexpr int kOwn = kHalves - 1;  // the half that a window contributes to its own value
   struct Prefixes {
     Floats lse, mean;
   };
-  const auto none = [] {
-    Prefixes prefixes;
+  Prefixes none;
 #pragma unroll
-    for (int v = 0; v < T::kVector; ++v) prefixes.lse.x[v] = kNegInf, prefixes.mean.x[v] = 0;
-    return prefixes;
-  };
+  for (int v = 0; v < kVector; ++v) none.lse.x[v] = Prefix{}.lse, none.mean.x[v] = Prefix{}.mean;
 
   const uint32_t index = blockIdx.x / T::kSlices;
-  const int column = (blockIdx.x % T::kSlices * T::kThreads + threadIdx.x) * T::kVector;
+  const int column = (blockIdx.x % T::kSlices * T::kThreads + threadIdx.x) * kVector;
   const Request<Config> r = request_at<Config>(p, blockIdx.z, index);
   float* const kv = static_cast<float*>(p.kv) + column;
   float* const score = static_cast<float*>(p.score) + column;
   Out* out = static_cast<Out*>(p.kv_comp) +
-             (int64_t{blockIdx.z} * p.batch + index) * p.num_windows * D + column;
+             uint64_t{blockIdx.z * p.batch + index} * p.num_windows * D + column;
 
-  const int first = max(0, -r.first_position);  // row of kv_score
-  const int start = r.first_position + first;   // its position
-  // The row before it, if that is of the same window; where windows overlap, the last of the window
-  // before. A row that is nowhere holds no prefix.
-  struct Row {
-    bool wanted;
-    TableEntry kv_entry, score_entry;
-  };
-  const auto look_up_row = [&](int position, bool wanted) -> Row {
-    position = wanted ? position : 0;
-    return {wanted, look_up(p.paging, r.kv_table, position),
-            look_up(p.paging, r.score_table, position)};
-  };
-  const auto read = [&](const Row& row, int half) {
-    Prefixes prefixes = none();
-    const uint32_t kv_row = r.row_of(p.paging, row.kv_entry);
-    const uint32_t score_row = r.row_of(p.paging, row.score_entry);
-    if (row.wanted && kv_row != kNowhere && score_row != kNowhere) {
-      prefixes.lse = load<float, T::kVector>(score + uint64_t{score_row} * S + half * D);
-      prefixes.mean = load<float, T::kVector>(kv + uint64_t{kv_row} * S + half * D);
+  NewVector<Config, kVector> rows[kRows][kHalves];
+  const auto load_rows = [&](int t0) {
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      if (t0 + j >= p.next_n) continue;
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        rows[j][half] = NewVector<Config, kVector>(r, t0 + j, half * D + column);
+      }
     }
-    return prefixes;
   };
-  const Row open_row = look_up_row(start - 1, start % R != 0);
-  Row before_row;
-  if (Config::kOverlap) before_row = look_up_row(start - start % R - 1, start >= R);
-  Prefixes open[T::kHalves];  // of the window that the last token is in
-  Prefixes before;            // first half of the window before it
+  load_rows(0);
 
+  const int start = max(r.first_position, 0);  // of the first token that is stored
+  Prefixes open[kHalves];                      // of the window that the last token is in
+#pragma unroll
+  for (int half = 0; half < kHalves; ++half) open[half] = none;
+  Prefixes before = none;  // first half of the window before it
 #pragma unroll 1
-  for (int t0 = first; t0 < r.num_new; t0 += T::kRowsAtOnce) {
-    NewVector<Config, T::kVector> rows[T::kRowsAtOnce][T::kHalves];
-    TableEntry kv_entries[T::kRowsAtOnce], score_entries[T::kRowsAtOnce];
-#pragma unroll
-    for (int j = 0; j < T::kRowsAtOnce; ++j) {
-      if (t0 + j >= r.num_new) break;
-      const int position = r.first_position + t0 + j;
-      kv_entries[j] = look_up(p.paging, r.kv_table, position);
-      score_entries[j] = look_up(p.paging, r.score_table, position);
-#pragma unroll
-      for (int half = 0; half < T::kHalves; ++half) {
-        rows[j][half] = NewVector<Config, T::kVector>(r, position, half * D + column);
-      }
-    }
-    if (t0 == first) {  // with the new rows on their way
-#pragma unroll
-      for (int half = 0; half < T::kHalves; ++half) open[half] = read(open_row, half);
-      if (Config::kOverlap) before = read(before_row, 0);
+  for (int t0 = 0;;) {
+    // Lane j looks up the row of token t0 + j, and two lanes the rows before the step: the one
+    // before `start`, if of the same window; where windows overlap, the last of the window before.
+    const int lane = threadIdx.x % 32;
+    int position = r.first_position + t0 + (lane < kRows ? lane : -1);
+    bool wanted = lane < kRows ? t0 + lane < r.num_new : lane == kRows && start % R != 0;
+    if (Config::kOverlap && lane == kRows + 1) position = start - start % R - 1, wanted = true;
+    TableEntry kv_entry{~0u, 0}, score_entry{~0u, 0};
+    if (wanted && position >= 0) {
+      kv_entry = look_up(p.paging, r.kv_table, position);
+      score_entry = look_up(p.paging, r.score_table, position);
     }
 #pragma unroll
-    for (int j = 0; j < T::kRowsAtOnce; ++j) {
-      if (t0 + j >= r.num_new) break;
-      const int position = r.first_position + t0 + j;
-      if (position % R == 0) {
-        if (Config::kOverlap && t0 + j > first) before = open[0];
+    for (int j = 0; j < kRows; ++j) {
 #pragma unroll
-        for (int half = 0; half < T::kHalves; ++half) open[half] = none();
+      for (int half = 0; half < kHalves; ++half) {
+        rows[j][half].load_bias(r, r.first_position + t0 + j, half * D + column);
       }
-      const uint32_t kv_row = r.row_of(p.paging, kv_entries[j]);
-      const uint32_t score_row = r.row_of(p.paging, score_entries[j]);
+    }
+    const uint32_t kv_row = r.row_of(p.paging, kv_entry);
+    const uint32_t score_row = r.row_of(p.paging, score_entry);
+    const auto row_at = [](float* state, uint32_t row, int half) {
+      return state + uint64_t{row} * S + half * D;
+    };
+    if (t0 == 0) {
+      // A row that is nowhere holds no prefix.
+      const auto read = [&](Prefixes& prefixes, int number, int half) {
+        const uint32_t kv_from = __shfl_sync(~0u, kv_row, number);
+        const uint32_t score_from = __shfl_sync(~0u, score_row, number);
+        if (kv_from == kNowhere || score_from == kNowhere) return;
+        prefixes.lse = load<float, kVector>(row_at(score, score_from, half));
+        prefixes.mean = load<float, kVector>(row_at(kv, kv_from, half));
+      };
 #pragma unroll
-      for (int half = 0; half < T::kHalves; ++half) {
-        Prefixes& prefix = open[half];
-        if (kv_row != kNowhere && score_row != kNowhere) {
-          const Floats new_kv = rows[j][half].kv(), new_score = rows[j][half].score();
+      for (int half = 0; half < kHalves; ++half) read(open[half], kRows, half);
+      if (Config::kOverlap) read(before, kRows + 1, 0);
+    }
+    // The merges in one piece, without a branch or a store between them: a token then waits only
+    // for the scores before it. A row that is not there merges as one without weight.
+    uint32_t kv_to[kRows], score_to[kRows];
 #pragma unroll
-          for (int v = 0; v < T::kVector; ++v) {
-            const Prefix merged =
-                merge({prefix.lse.x[v], prefix.mean.x[v]}, {new_score.x[v], new_kv.x[v]});
-            prefix.lse.x[v] = merged.lse;
-            prefix.mean.x[v] = merged.mean;
-          }
+    for (int j = 0; j < kRows; ++j) {
+      kv_to[j] = __shfl_sync(~0u, kv_row, j);
+      score_to[j] = __shfl_sync(~0u, score_row, j);
+    }
+    Prefixes merged[kRows][kHalves];
+    Prefixes value = none, value_before = none;
+    bool completes = false;
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      const int token_position = r.first_position + t0 + j;
+      const bool exists = kv_to[j] != kNowhere && score_to[j] != kNowhere;
+      const bool starts = static_cast<uint32_t>(token_position) % R == 0;
+      if (Config::kOverlap && starts && token_position > start) before = open[0];
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        if (starts) open[half] = none;
+        const Floats new_kv = rows[j][half].kv(), new_score = rows[j][half].score();
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) {
+          const Prefix row = exists ? Prefix{new_score.x[v], new_kv.x[v]} : Prefix{};
+          const Prefix prefix = merge({open[half].lse.x[v], open[half].mean.x[v]}, row);
+          open[half].lse.x[v] = prefix.lse;
+          open[half].mean.x[v] = prefix.mean;
         }
-        if (kv_row != kNowhere) store(kv + uint64_t{kv_row} * S + half * D, prefix.mean);
-        if (score_row != kNowhere) store(score + uint64_t{score_row} * S + half * D, prefix.lse);
+        merged[j][half] = open[half];
       }
-      if (position % R != R - 1) continue;
-      Vector<Out, T::kVector> value;
+      static_assert(kRows <= R);  // one window is completed, at most
+      if (t0 + j < r.num_new && token_position >= 0 && (token_position + 1) % R == 0) {
+        completes = true;
+        value = open[kOwn];
+        value_before = before;
+      }
+    }
 #pragma unroll
-      for (int v = 0; v < T::kVector; ++v) {
-        Prefix window{open[kOwn].lse.x[v], open[kOwn].mean.x[v]};
-        if (Config::kOverlap) window = merge({before.lse.x[v], before.mean.x[v]}, window);
-        value.x[v] = round_to<Out>(value_of(window));
+    for (int j = 0; j < kRows; ++j) {
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        if (kv_to[j] != kNowhere) store(row_at(kv, kv_to[j], half), merged[j][half].mean);
+        if (score_to[j] != kNowhere) store(row_at(score, score_to[j], half), merged[j][half].lse);
       }
-      store(out, value);
+    }
+    if (completes) {
+      Vector<Out, kVector> values;
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) {
+        Prefix window{value.lse.x[v], value.mean.x[v]};
+        if (Config::kOverlap) {
+          window = merge({value_before.lse.x[v], value_before.mean.x[v]}, window);
+        }
+        values.x[v] = round_to<Out>(value_of(window));
+      }
+      store(out, values);
       out += D;
     }
+    if ((t0 += kRows) >= r.num_new) break;
+    load_rows(t0);
   }
 #pragma unroll 1
   for (int m = max(r.end_window - r.first_window, 0); m < p.num_windows; ++m, out += D) {
-    store(out, Vector<Out, T::kVector>{});
+    store(out, Vector<Out, kVector>{});
   }
 }
 

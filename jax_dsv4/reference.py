@@ -139,11 +139,12 @@ def paged_kv_compress(
 def _merge(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
     """(mean, lse) of the rows of both: ``merge`` in ``ffi/numeric.h``, which says why so."""
     (a_mean, a_lse), (b_mean, b_lse) = a, b
-    swap = b_lse > a_lse
-    high, low = jnp.where(swap, b_lse, a_lse), jnp.where(swap, a_lse, b_lse)
+    difference = b_lse - a_lse
+    ratio = jnp.exp(-jnp.fmin(jnp.abs(difference), 200))
+    high = jnp.maximum(a_lse, b_lse)
+    weight = jnp.where(high < jnp.inf, ratio / (1 + ratio), jnp.nan)
+    swap = difference > 0
     heavy, light = jnp.where(swap, b_mean, a_mean), jnp.where(swap, a_mean, b_mean)
-    ratio = jnp.exp(low - jnp.where(high == -jnp.inf, 0, high))
-    weight = jnp.where(high == jnp.inf, jnp.nan, ratio / (1 + ratio))
     step = light - heavy
     mean = jnp.where(
         jnp.isfinite(step), heavy + step * weight, heavy * (1 - weight) + light * weight
