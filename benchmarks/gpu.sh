@@ -43,6 +43,10 @@ measure --warm --batch 1 16 64 --baselines
 nvcc -std=c++17 -O3 -arch=native -Iffi benchmarks/graph.cu -o "$results/graph"
 "$results/graph" | tee "$results/graph.jsonl"
 # Needs permission to read the performance counters.
-ncu -k regex:kernel --launch-count 4 --section SpeedOfLight --section Occupancy \
-  --section WarpStateStats "$results/graph" >"$results/ncu.txt" || true
+for batch in 1 16 256; do
+  ncu -k regex:"compress_kernel|prefix_kernel" --launch-count 1 --clock-control none \
+    --section SpeedOfLight --section MemoryWorkloadAnalysis --section Occupancy \
+    --section LaunchStats --section WarpStateStats --section SchedulerStats \
+    "$results/graph" "$batch" >"$results/ncu-$batch.txt" || true
+done
 test -z "${failed:-}" || { echo "failed:$failed"; exit 1; }

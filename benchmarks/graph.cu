@@ -3,9 +3,10 @@
 // the same points, the same rotation through the pool. And what bounds the largest of them: a plain
 // streaming read of as many bytes, with and without a few bytes written beside it.
 //
-//     nvcc -std=c++17 -O3 -arch=native -Iffi benchmarks/graph.cu -o graph && ./graph
+//     nvcc -std=c++17 -O3 -arch=native -Iffi benchmarks/graph.cu -o graph && ./graph [batch ...]
 //
-// Prints JSON lines: R, D, next_n 4, kv_score bf16, state f32, kv_comp bf16, page 32.
+// Prints JSON lines, of these batches or of all: R, D, next_n 4, kv_score bf16, state f32, kv_comp
+// bf16, page 32.
 
 #include <cuda_runtime.h>
 
@@ -197,15 +198,27 @@ void measure(const char* regime, int batch, StateFormat format) {
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
   using Types = DTypes<bf16, f32, bf16>;
   using Hca = Config<Shape<512, 128, false>, Types>;
   using Csa = Config<Shape<512, 4, true>, Types>;
-  for (size_t mib : {64, 128, 256}) measure_stream(mib);
+  std::vector<int> wanted;
+  for (int i = 1; i < argc; ++i) wanted.push_back(std::atoi(argv[i]));
+  const auto measure_batches = [&](auto config, const char* regime, StateFormat format,
+                                   std::initializer_list<int> batches) {
+    for (int batch : batches) {
+      if (wanted.empty() || std::find(wanted.begin(), wanted.end(), batch) != wanted.end()) {
+        measure<decltype(config)>(regime, batch, format);
+      }
+    }
+  };
   for (StateFormat format : {StateFormat::kRaw, StateFormat::kPrefix}) {
-    for (int batch : {1, 16, 64, 128, 256, 512}) measure<Hca>("all emit", batch, format);
-    for (int batch : {32, 256}) measure<Hca>("distributed", batch, format);
-    for (int batch : {1, 16, 256}) measure<Hca>("no hit", batch, format);
-    for (int batch : {1, 16, 256}) measure<Csa>("all emit", batch, format);
+    measure_batches(Hca{}, "all emit", format, {1, 16, 32, 64, 128, 256, 512});
+    measure_batches(Hca{}, "distributed", format, {32, 64, 128, 256});
+    measure_batches(Hca{}, "no hit", format, {1, 16, 128, 256});
+    measure_batches(Csa{}, "all emit", format, {1, 16, 64, 256});
+  }
+  if (wanted.empty()) {
+    for (size_t mib : {64, 128, 256}) measure_stream(mib);
   }
 }
