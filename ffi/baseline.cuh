@@ -17,15 +17,16 @@ __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads)
   using T = Tile<Config, Geometry>;
   using State = typename Config::State;
   using Out = typename Config::Out;
-  using Floats = Vector<float, T::kVector>;
+  constexpr int kMost = Config::kHeadDim / 32, kVector = T::kVector < kMost ? T::kVector : kMost;
+  using Floats = Vector<float, kVector>;
   constexpr int S = Config::kStateDim, kShare = Config::kReducedRows / Geometry::kWarps;
-  static_assert(!Config::kOverlap);
+  static_assert(!Config::kOverlap && T::kSlices * 32 * kVector == Config::kHeadDim);
   __shared__ Floats shared_max[Geometry::kWarps][32], shared_sum[Geometry::kWarps][32],
       shared_weighted[Geometry::kWarps][32];
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint32_t index = blockIdx.x / T::kSlices;
-  const int column = (blockIdx.x % T::kSlices * 32 + lane) * T::kVector;
+  const int column = (blockIdx.x % T::kSlices * 32 + lane) * kVector;
   const Request<Config> r = request_at<Config>(p, blockIdx.z, index);
   State* const kv = static_cast<State*>(p.kv) + column;
   State* const score = static_cast<State*>(p.score) + column;
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads)
   for (int t = 0; t < r.num_new && warp == 0; ++t) {
     const int position = r.first_position + t;
     if (position < 0) continue;
-    NewVector<Config, T::kVector> row(r, t, column);
+    NewVector<Config, kVector> row(r, t, column);
     row.load_bias(r, position, column);
     const uint32_t kv_row = find_row(r.kv_table, position);
     const uint32_t score_row = find_row(r.score_table, position);
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads)
     if (score_row != kNowhere) store(score + uint64_t{score_row} * S, row.score());
   }
   __syncthreads();  // the new rows, before any warp reads them back
-  Vector<Out, T::kVector> value = {};
+  Vector<Out, kVector> value = {};
   if (r.first_window >= r.end_window) {
     if (warp == 0) store(out, value);
     return;
@@ -56,7 +57,7 @@ __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads)
 
   Floats max, sum, weighted;
 #pragma unroll
-  for (int v = 0; v < T::kVector; ++v) max.x[v] = kNegInf, sum.x[v] = weighted.x[v] = 0;
+  for (int v = 0; v < kVector; ++v) max.x[v] = kNegInf, sum.x[v] = weighted.x[v] = 0;
   const auto add = [&](int v, float other_max, float other_sum, float other_weighted) {
     const float highest = fmaxf(max.x[v], other_max);
     const float scale = expf(max.x[v] - finite(highest));
@@ -66,14 +67,15 @@ __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads)
     weighted.x[v] = weighted.x[v] * scale + other_weighted * other_scale;
   };
   const int begin = r.first_window * Config::kRatio + warp * kShare;
+#pragma unroll 1
   for (int position = begin; position < begin + kShare; ++position) {
     const uint32_t kv_row = find_row(r.kv_table, position);
     const uint32_t score_row = find_row(r.score_table, position);
     if (kv_row == kNowhere || score_row == kNowhere) continue;
-    const auto kvs = load<State, T::kVector>(kv + uint64_t{kv_row} * S);
-    const auto scores = load<State, T::kVector>(score + uint64_t{score_row} * S);
+    const auto kvs = load<State, kVector>(kv + uint64_t{kv_row} * S);
+    const auto scores = load<State, kVector>(score + uint64_t{score_row} * S);
 #pragma unroll
-    for (int v = 0; v < T::kVector; ++v) add(v, to_f32(scores.x[v]), 1.0f, to_f32(kvs.x[v]));
+    for (int v = 0; v < kVector; ++v) add(v, to_f32(scores.x[v]), 1.0f, to_f32(kvs.x[v]));
   }
   shared_max[warp][lane] = max;
   shared_sum[warp][lane] = sum;
@@ -82,13 +84,13 @@ __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads)
   if (warp != 0) return;
   for (int other = 1; other < Geometry::kWarps; ++other) {
 #pragma unroll
-    for (int v = 0; v < T::kVector; ++v) {
+    for (int v = 0; v < kVector; ++v) {
       add(v, shared_max[other][lane].x[v], shared_sum[other][lane].x[v],
           shared_weighted[other][lane].x[v]);
     }
   }
 #pragma unroll
-  for (int v = 0; v < T::kVector; ++v) {
+  for (int v = 0; v < kVector; ++v) {
     value.x[v] = round_to<Out>(sum.x[v] == 0 ? 0.0f : weighted.x[v] / sum.x[v]);
   }
   store(out, value);

@@ -112,7 +112,7 @@ struct GeometriesOf<4> {
 };
 template <>
 struct GeometriesOf<128> {
-  using List = TypeList<Geometry<4, 16, 8, 4>, Geometry<4, 8, 8, 4>, Geometry<8, 2, 1, 1>,
+  using List = TypeList<Geometry<4, 16, 8, 4>, Geometry<8, 8, 4, 3>, Geometry<8, 2, 1, 1>,
                         RowAtATime<1>, RowAtATime<4>>;
   static constexpr int kFew = 1;
   static constexpr int64_t kFewChannels = 64 * 512;

@@ -26,7 +26,7 @@ struct DecodeParams {
   uint32_t batch;       // B; G B < 2^31
   int32_t next_n;
   uint32_t rows_per_pool;  // num_pages * page_size
-  uint32_t num_windows;    // ceil(next_n / R), the most that one step can complete
+  int32_t num_windows;     // ceil(next_n / R), the most that one step can complete
   Paging paging;
 
   // From a group to the next, in requests: B, or 0 where all groups share the operand.

@@ -292,8 +292,8 @@ ffi::Error check_and_run(const DecodeCall& call, Run&& run) {
     p.kv_lens = static_cast<const int32_t*>(o.kv_lens.untyped_data());
     p.q_lens = has_q_lens ? static_cast<const int32_t*>(o.q_lens.untyped_data()) : nullptr;
     p.kv_comp = o.kv_comp.untyped_data();
-    p.num_groups = static_cast<int32_t>(groups);
-    p.batch = static_cast<int32_t>(batch);
+    p.num_groups = static_cast<uint32_t>(groups);
+    p.batch = static_cast<uint32_t>(batch);
     p.rows_per_pool = static_cast<uint32_t>(num_pages * page_size);
     p.next_n = static_cast<int32_t>(a.next_n);
     p.num_windows = static_cast<int32_t>(num_windows);
