@@ -2,7 +2,7 @@
 // against. After the new rows have gone through memory and a barrier, a warp takes the rows of its
 // share one after another: divides the position by the page size, looks up the page, loads the row
 // and updates a running softmax, with two expf per element. Then one warp merges the shares. With
-// one warp, and shared by four.
+// one warp, and shared by four. What it does not have is checked without a branch in that loop.
 
 #pragma once
 
@@ -10,7 +10,8 @@
 
 namespace jax_dsv4 {
 
-// One window per step and request at most: it would read back rows that another CTA stores.
+// One window per step and request at most: it would read back rows that another
+// CTA stores.
 template <class Config, class Geometry>
 __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads)
     row_at_a_time_kernel(const __grid_constant__ DecodeParams p) {
@@ -32,10 +33,14 @@ __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads)
   State* const score = static_cast<State*>(p.score) + column;
   Out* const out = static_cast<Out*>(p.kv_comp) +
                    uint64_t{blockIdx.z * p.batch + index} * Config::kHeadDim + column;
-  const auto find_row = [&](const int32_t* table, uint32_t position) {
-    const uint32_t page = position / p.paging.page_size.value;
+  // As an offset into `kv` and `score`, with its arithmetic: 32-bit division,
+  // 64-bit products.
+  const int page_size = p.paging.page_size.value;
+  const auto find_row = [&](const int32_t* table, int position) -> int64_t {
+    const uint32_t page = position / page_size;
     const uint32_t id = page < p.paging.max_pages ? table[page] : ~0u;
-    return r.row_of(p.paging, {id, position % p.paging.page_size.value});
+    const int64_t row = int64_t{id} * page_size + position % page_size;
+    return id < p.paging.num_pages ? (r.pool_row + row) * S : -1;
   };
 
   for (int t = 0; t < r.num_new && warp == 0; ++t) {
@@ -43,14 +48,14 @@ __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads)
     if (position < 0) continue;
     NewVector<Config, kVector> row(r, t, column);
     row.load_bias(r, position, column);
-    const uint32_t kv_row = find_row(r.kv_table, position);
-    const uint32_t score_row = find_row(r.score_table, position);
-    if (kv_row != kNowhere) store(kv + uint64_t{kv_row} * S, row.kv());
-    if (score_row != kNowhere) store(score + uint64_t{score_row} * S, row.score());
+    const int64_t kv_at = find_row(r.kv_table, position);
+    const int64_t score_at = find_row(r.score_table, position);
+    if (kv_at >= 0) store(kv + kv_at, row.kv());
+    if (score_at >= 0) store(score + score_at, row.score());
   }
   __syncthreads();  // the new rows, before any warp reads them back
   Vector<Out, kVector> value = {};
-  if (r.first_window >= r.end_window) {
+  if (r.first_window >= r.end_window || p.paging.num_pages == 0) {
     if (warp == 0) store(out, value);
     return;
   }
@@ -67,15 +72,17 @@ __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads)
     weighted.x[v] = weighted.x[v] * scale + other_weighted * other_scale;
   };
   const int begin = r.first_window * Config::kRatio + warp * kShare;
-#pragma unroll 1
-  for (int position = begin; position < begin + kShare; ++position) {
-    const uint32_t kv_row = find_row(r.kv_table, position);
-    const uint32_t score_row = find_row(r.score_table, position);
-    if (kv_row == kNowhere || score_row == kNowhere) continue;
-    const auto kvs = load<State, kVector>(kv + uint64_t{kv_row} * S);
-    const auto scores = load<State, kVector>(score + uint64_t{score_row} * S);
+  const int end = min(begin + kShare, r.end_window * Config::kRatio);
+  for (int position = begin; position < end; ++position) {
+    const int64_t kv_at = find_row(r.kv_table, position);
+    const int64_t score_at = find_row(r.score_table, position);
+    const bool exists = kv_at >= 0 && score_at >= 0;  // else row 0: no branch in this loop, either
+    const auto kvs = load<State, kVector>(kv + (exists ? kv_at : 0));
+    const auto scores = load<State, kVector>(score + (exists ? score_at : 0));
 #pragma unroll
-    for (int v = 0; v < kVector; ++v) add(v, to_f32(scores.x[v]), 1.0f, to_f32(kvs.x[v]));
+    for (int v = 0; v < kVector; ++v) {
+      add(v, exists ? to_f32(scores.x[v]) : kNegInf, 1.0f, exists ? to_f32(kvs.x[v]) : 0.0f);
+    }
   }
   shared_max[warp][lane] = max;
   shared_sum[warp][lane] = sum;
