@@ -123,7 +123,7 @@ def make_program(point: Point, calls: int, tables, implementation: str, geometry
     return jax.jit(program, donate_argnums=0)
 
 
-def measure(point: Point, implementation: str = "ffi", geometry: int = -1, seconds: float = 0.02):
+def measure(point: Point, implementation: str = "ffi", geometry: int = -1, seconds: float = 0.05):
     """Microseconds per call, median of 5; and bytes moved between two uses of a page."""
     rng = np.random.default_rng(0)
     pages_each = -(-point.last // PAGE_SIZE)
@@ -169,6 +169,9 @@ def measure(point: Point, implementation: str = "ffi", geometry: int = -1, secon
         def time_runs(count: int) -> float:
             start = time.perf_counter()
             for _ in range(count):
+                # Its memory is free for the next run: at another address, XLA would have to update
+                # its graphs.
+                results = None
                 results = run()
             jax.block_until_ready(results)
             return time.perf_counter() - start
