@@ -26,6 +26,10 @@ LINES = [
         {"regime": "all emit", "variant": "default", "format": "prefix"},
     ),
     (
+        "prefix, 1 in 32 completes one",
+        {"regime": "distributed", "variant": "default", "format": "prefix"},
+    ),
+    (
         "prefix, none does",
         {"regime": "no hit", "variant": "default", "format": "prefix"},
     ),
@@ -37,6 +41,9 @@ LINES = [
         "raw, one row at a time, 1 warp",
         {"regime": "all emit", "variant": "row at a time, 1 warps"},
     ),
+    ("raw, jitted jnp, which copies the pool", {"regime": "all emit", "variant": "jnp"}),
+    ("R 4, raw", {"regime": "all emit", "variant": "default", "ratio": 4}),
+    ("R 4, prefix", {"regime": "all emit", "variant": "default", "ratio": 4, "format": "prefix"}),
 ]
 
 
@@ -56,17 +63,17 @@ def table(rows: list[dict]) -> str:
 
 
 def plot(rows: list[dict], key: str, title: str, path: pathlib.Path) -> None:
-    figure, axes = plt.subplots(figsize=(6, 4), dpi=80)
+    figure, axes = plt.subplots(figsize=(9, 4), dpi=80)
     for label, wanted in LINES:
         line = sorted(select(rows, wanted).items())
-        if line:
+        if line and "ratio" not in wanted:
             axes.plot([b for b, _ in line], [r[key] for _, r in line], marker=".", label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("requests")
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=6)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path)
 
