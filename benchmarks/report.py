@@ -69,7 +69,7 @@ def plot(rows: list[dict], key: str, title: str, path: pathlib.Path) -> None:
         if line and "ratio" not in wanted:
             axes.plot([b for b, _ in line], [r[key] for _, r in line], marker=".", label=label)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    axes.set_yscale("log" if key == "us" else "linear")
     axes.set_xlabel("requests")
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
