@@ -4,8 +4,9 @@
 
 One program makes many calls in a row on one donated state, each on pages of its own. Between two
 runs of it the GPU reads 256 MiB of something else, whose own time is subtracted: every call finds
-its state, and its tables, outside the L2 cache (cold). ``cycle_mib`` says how much is moved between
-two uses of a page; with ``--warm`` all calls are on the same pages and nothing else is read.
+its state, and its tables, outside the L2 cache (cold). ``cycle_mib`` says how much the calls and
+that reading move between two uses of a page; with ``--warm`` all calls are on the same pages and
+nothing else is read.
 Programs are dispatched one after another, without a wait, and each takes longer than its dispatch;
 the time per call is the difference between many programs and few, over the calls in between. XLA
 captures the calls in CUDA graphs by default. ``benchmarks/graph.cu`` checks these figures with

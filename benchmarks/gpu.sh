@@ -44,9 +44,11 @@ nvcc -std=c++17 -O3 -arch=native -Iffi benchmarks/graph.cu -o "$results/graph"
 "$results/graph" | tee "$results/graph.jsonl"
 # Needs permission to read the performance counters.
 for batch in 1 16 256; do
-  ncu -k regex:"compress_kernel|prefix_kernel" --launch-count 1 --clock-control none \
-    --section SpeedOfLight --section MemoryWorkloadAnalysis --section Occupancy \
-    --section LaunchStats --section WarpStateStats --section SchedulerStats \
-    "$results/graph" "$batch" >"$results/ncu-$batch.txt" || true
+  for kernel in compress prefix; do
+    ncu -k regex:"${kernel}_kernel" --launch-count 1 --clock-control none \
+      --section SpeedOfLight --section MemoryWorkloadAnalysis --section Occupancy \
+      --section LaunchStats --section WarpStateStats --section SchedulerStats \
+      "$results/graph" "$batch" >"$results/ncu-$kernel-$batch.txt" || true
+  done
 done
 test -z "${failed:-}" || { echo "failed:$failed"; exit 1; }

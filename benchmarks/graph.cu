@@ -16,6 +16,7 @@
 #include <initializer_list>
 #include <numeric>
 #include <random>
+#include <type_traits>
 #include <vector>
 
 #include "launch.cuh"
@@ -126,8 +127,8 @@ void measure_stream(size_t mib) {
       }
     });
     std::printf(
-        "{\"variant\": \"streaming read\", \"mib\": %zu, \"mib_written\": %zu, \"us\": %.3f}\n",
-        mib, every == 0 ? 0 : mib / every, us / kCalls);
+        "{\"variant\": \"streaming read\", \"mib\": %zu, \"mib_written\": %.1f, \"us\": %.3f}\n",
+        mib, every == 0 ? 0.0 : double(mib) / every, us / kCalls);
     std::fflush(stdout);
   }
 }

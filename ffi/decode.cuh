@@ -1,9 +1,9 @@
 // The decode operation on an NVIDIA GPU: device code only.
 //
 // Grid: x = requests x CTAs of a request, y = windows, z = groups. Of a request's CTAs, the first
-// kSlices reduce, each one window over a slice of kColumns channels, and store what they can of its
-// new rows; the others store the remaining ones, a warp each, and the zeros of windows that the
-// step does not complete.
+// kSlices reduce, each one window over a slice of kColumns channels, and store its new rows unless
+// windows overlap; the others store all remaining rows, a warp each, and the zeros of windows that
+// the step does not complete.
 //
 // The threads of a CTA that reduces form kRowGroups, of kLanes lanes; a lane holds 16 bytes of a
 // row. A row group takes one of the window's new rows from kv_score, rounded as it is stored, so

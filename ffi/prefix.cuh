@@ -32,7 +32,7 @@ struct PrefixTile {
   static constexpr int kSlices = Config::kHeadDim / (kVector * kThreads);
   static constexpr int kHalves = Config::kStateDim / Config::kHeadDim;
   static constexpr int kRowsAtOnce = 4;  // new rows in flight
-  // CTAs that should fit an SM, where that many registers would not let them.
+  // CTAs that should fit an SM: for two channels of two halves the compiler would allow but three.
   static constexpr int kMinCtas = kHalves * kVector > 2 ? 4 : 1;
 };
 

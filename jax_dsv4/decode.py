@@ -124,9 +124,9 @@ def paged_kv_compress(
     and the mean are rounded to f32 once per row, by the compiled kernels in the same way however
     the rows are split into steps. To first order in u = 2^-24, a value is then off by at most
     ``R u (12 + max|lse|) max|kv|``, over the window's rows (one more than R where windows overlap).
-    The largest errors in 20,000 channels after 128 normally distributed rows, relative to max|kv|:
-    9e-7 for scores of a few units, 7e-6 for scores around 100, 2e-3 around 1e4, where f32 leaves a
-    logsumexp three decimals.
+    The largest errors in 262,144 channels after 128 rows, relative to max|kv|, on a CPU: 1.2e-6 for
+    scores of N(0, 2), 1.3e-5 for 100 + N(0, 2), 2e-3 around 1e4, where f32 leaves a logsumexp three
+    decimals.
 
     Robustness: nothing outside the operands' buffers is read or written, whatever their values. A
     page id outside [0, num_pages) and a logical page past the table are nowhere: rows written there

@@ -328,8 +328,16 @@ GEOMETRIES = tuple(  # what a call can be told to use, in every configuration an
     # The baselines, one row at a time, serve no step of more than one window.
     if case.num_windows == 1 or not geometry.baseline
 )
-# On prefixes the batch decides.
-MANY = tuple(Case(128, ratio, 4, BF16_IN_F32_STATE, batch=66000 // 128) for ratio in (4, 128))
+# On prefixes the batch decides: from requests x S = 65,536 on a thread takes two channels.
+MANY = tuple(
+    Case(head_dim, ratio, next_n, BF16_IN_F32_STATE, regime, batch=batch)
+    for ratio in (4, 128)
+    for head_dim, next_n, regime, batch in (
+        (128, 4, "boundaries", 515),
+        (512, 6, "ragged", 130),
+        (512, 6, "bad_pages", 130),
+    )
+)
 PREFIX_GEOMETRIES = tuple((case.in_prefix(), -1) for case in dict.fromkeys([*_HARD, *MANY]))
 ALL = tuple(dict.fromkeys([*MTP, *CONFIGURATIONS, *NEXT_N, *PAGE_SIZES, *IN_REGIMES]))
 
