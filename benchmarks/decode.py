@@ -2,15 +2,15 @@
 
     python benchmarks/decode.py [--geometries] [--baselines] [--reference] [--out results.jsonl]
 
-One program makes many calls in a row on one donated state, each on pages of its own. Between two
-runs of it the GPU reads 256 MiB of something else, whose own time is subtracted: every call finds
-its state, and its tables, outside the L2 cache (cold). ``cycle_mib`` says how much the calls and
-that reading move between two uses of a page; with ``--warm`` all calls are on the same pages and
-nothing else is read.
-Programs are dispatched one after another, without a wait, and each takes longer than its dispatch;
-the time per call is the difference between many programs and few, over the calls in between. XLA
-captures the calls in CUDA graphs by default. ``benchmarks/graph.cu`` checks these figures with
-graphs captured by hand.
+One program makes many calls in a row on one donated state, each on pages and with tables of its
+own, and reads 256 MiB of something else: every call finds its state, and its tables, outside the L2
+cache (cold). ``cycle_mib`` says how much is moved between two uses of a page; with ``--warm`` all
+calls are on the same pages and nothing else is read. ``--max-pages`` makes tables as long as those
+of long contexts.
+The time per call is the difference between this program and one that makes a quarter of the calls
+and reads the same, over the calls in between. Programs are dispatched one after another, without a
+wait, and each takes longer than its dispatch. XLA captures the calls in CUDA graphs by default.
+``benchmarks/graph.cu`` checks these figures with graphs captured by hand.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +53,7 @@ class Point:
     out: str = "bfloat16"
     format: str = "raw"
     warm: bool = False
+    max_pages: int = 0  # of a table; as many as are used, at least
 
     @property
     def overlap(self) -> bool:
@@ -101,9 +101,13 @@ class Point:
 
 
 def make_program(point: Point, calls: int, tables, implementation: str, geometry: int):
-    """A jitted (state, kv_score, ape, kv_lens) -> (state, last values); state donated."""
+    """A jitted (state, kv_score, ape, kv_lens, something else to read) -> (state, a few values).
 
-    def program(state, kv_score, ape, kv_lens):
+    The state is donated and the results are small: a run finds its buffers where the last one did.
+    At other addresses, XLA would have to update its graphs.
+    """
+
+    def program(state, kv_score, ape, kv_lens, something_else):
         kept = []
         for i in range(calls):
             kv_comp, state = with_geometry(
@@ -118,8 +122,8 @@ def make_program(point: Point, calls: int, tables, implementation: str, geometry
                 geometry=geometry,
             )
             # A custom call is kept by the state it updates; of plain jnp, what nothing reads goes.
-            kept = [*kept, kv_comp] if implementation == "xla" else [kv_comp]
-        return state, sum(kept)
+            kept = [*kept, jnp.sum(kv_comp)] if implementation == "xla" else []
+        return state, sum(kept), jnp.sum(read_all(something_else))
 
     return jax.jit(program, donate_argnums=0)
 
@@ -129,7 +133,7 @@ def measure(point: Point, implementation: str = "ffi", geometry: int = -1, secon
     rng = np.random.default_rng(0)
     pages_each = -(-point.last // PAGE_SIZE)
     page_bytes = 2 * PAGE_SIZE * point.state_dim * jnp.dtype(point.state).itemsize
-    calls = int(np.clip(COLD_BYTES // point.bytes_moved(), 64, MAX_CALLS))
+    calls = int(np.clip(COLD_BYTES // point.bytes_moved(), 128, MAX_CALLS))
     if implementation == "xla":
         calls = 16  # compiles slowly; its temporaries flush the cache
     num_tables = 1 if point.warm else min(calls, COLD_BYTES // point.bytes_moved() + 1)
@@ -138,7 +142,9 @@ def measure(point: Point, implementation: str = "ffi", geometry: int = -1, secon
         num_tables = min(calls, num_pages // (point.batch * pages_each))
 
     order = rng.permutation(num_pages)[: num_tables * point.batch * pages_each].astype(np.int32)
-    tables = order.reshape(num_tables, point.batch, pages_each)  # constants of the program
+    # Constants of the program, a buffer each.
+    tables = np.zeros((num_tables, point.batch, max(point.max_pages, pages_each)), np.int32)
+    tables[:, :, :pages_each] = order.reshape(num_tables, point.batch, pages_each)
     keys = jax.random.split(jax.random.key(0), 4)
     shape = (num_pages, PAGE_SIZE, point.state_dim)
     state = CompressorState(
@@ -150,42 +156,33 @@ def measure(point: Point, implementation: str = "ffi", geometry: int = -1, secon
         keys[2], (point.batch, point.next_n, 2 * point.state_dim), point.kv_score
     )
     ape = jax.random.normal(keys[3], (point.ratio, point.state_dim), jnp.float32)
-    program = make_program(point, calls, tables, implementation, geometry)
-    rest = (kv_score, ape, jnp.asarray(point.kv_lens()))
-    something_else = jnp.ones(COLD_BYTES // 4, jnp.float32)
+    something_else = jnp.ones(1 << 10 if point.warm else COLD_BYTES // 4, jnp.float32)
+    rest = (kv_score, ape, jnp.asarray(point.kv_lens()), something_else)
 
-    def read():
-        return read_all(something_else)
-
-    def run_program():
-        nonlocal state
-        state, kv_comp = program(state, *rest)
-        return kv_comp if point.warm else (kv_comp, read())
-
-    few = 2
-
-    def time_of(run: Callable[[], object]) -> float:
-        """Seconds of one run among many."""
-
+    def seconds_of_a_run(program) -> float:
         def time_runs(count: int) -> float:
+            nonlocal state
             start = time.perf_counter()
             for _ in range(count):
-                # Its memory is free for the next run: at another address, XLA would have to update
-                # its graphs.
-                results = None
-                results = run()
-            jax.block_until_ready(results)
+                values = None  # its memory is free for the next run's
+                state, *values = program(state, *rest)
+            jax.block_until_ready((state, values))
             return time.perf_counter() - start
 
+        few = 2
         time_runs(few)  # compiles
         once = max((time_runs(few + 3) - time_runs(few)) / 3, 1e-5)
         many = few + max(3, int(seconds / once))
         times = [(time_runs(many) - time_runs(few)) / (many - few) for _ in range(5)]
         return statistics.median(times)
 
-    seconds_of_calls = time_of(run_program) - (0 if point.warm else time_of(read))
-    read_between = 0 if point.warm or num_tables < calls else something_else.nbytes
-    return 1e6 * seconds_of_calls / calls, num_tables * point.bytes_moved() + read_between
+    of_many, of_few = (
+        seconds_of_a_run(make_program(point, n, tables, implementation, geometry))
+        for n in (calls, calls // 4)
+    )
+    read_between = something_else.nbytes if num_tables == calls else 0
+    cycle_bytes = num_tables * point.bytes_moved() + read_between
+    return 1e6 * (of_many - of_few) / (calls - calls // 4), cycle_bytes
 
 
 @jax.jit
@@ -254,6 +251,7 @@ def main() -> None:
     add("--state-format", nargs="+", choices=_config.STATE_FORMATS, default=["raw"])
     add("--kv-score", nargs="+", choices=FLOATS, default=["bfloat16"])
     add("--state", nargs="+", choices=FLOATS, default=["float32"])
+    add("--max-pages", type=int, nargs="+", default=[0], help="entries of a request's table")
     add("--warm", action="store_true", help="all calls on the same pages")
     add("--geometries", action="store_true", help="every compiled geometry, for tuning")
     add("--baselines", action="store_true", help="one row at a time, with 1 and with 4 warps")
@@ -275,6 +273,7 @@ def main() -> None:
         ["bfloat16"],
         args.state_format,
         [args.warm],
+        args.max_pages,
     )
     with open(args.out, "a") as out:
         for point in itertools.starmap(Point, choices):
@@ -292,8 +291,9 @@ def main() -> None:
                 cells.append(f"{name} {us:.2f}")
             print(
                 f"R {point.ratio}, D {point.head_dim}, next_n {point.next_n}, {point.state} "
-                f"{point.format}{', warm' * point.warm}, {point.regime}, B={point.batch}: "
-                + ", ".join(cells),
+                f"{point.format}{', warm' * point.warm}"
+                f"{f', {point.max_pages} pages' * (point.max_pages > 0)}, "
+                f"{point.regime}, B={point.batch}: " + ", ".join(cells),
                 flush=True,
             )
 

@@ -62,8 +62,8 @@ class Buffer {
  public:
   explicit Buffer(size_t size) {
     check(cudaMalloc(&data_, size * sizeof(T)));
-    if constexpr (sizeof(T) == sizeof(float) || sizeof(T) == sizeof(bf16)) {
-      if constexpr (!std::is_same_v<T, int32_t>) fill<<<1024, 256>>>(data_, size);
+    if constexpr (std::is_same_v<T, float> || std::is_same_v<T, bf16>) {
+      fill<<<1024, 256>>>(data_, size);
     }
   }
   explicit Buffer(const std::vector<T>& from) : Buffer(from.size()) {
@@ -76,6 +76,8 @@ class Buffer {
  private:
   T* data_;
 };
+
+float4* vectors(const Buffer<float>& buffer) { return reinterpret_cast<float4*>(buffer.get()); }
 
 constexpr int kPageSize = 32, kNextN = 4;
 constexpr int64_t kPoolBytes = int64_t{1} << 30, kColdBytes = int64_t{256} << 20;
@@ -117,13 +119,14 @@ void measure_stream(size_t mib) {
   constexpr int kCalls = 64;
   const size_t size = (mib << 20) / sizeof(float4);
   const size_t slots = std::max<size_t>(2, kPoolBytes / (mib << 20));
-  const Buffer<float4> from(slots * size), to(kCalls * size / 16);
+  const Buffer<float> from(4 * slots * size), to(4 * kCalls * size / 16);
   const Buffer<float> sink(1);
   for (int every : {0, 128, 32}) {
     const double us = time_of([&](cudaStream_t stream) {
       for (int i = 0; i < kCalls; ++i) {
-        stream_kernel<<<4 * 132, 512, 0, stream>>>(from.get() + i % slots * size, size,
-                                                   to.get() + i * (size / 16), every, sink.get());
+        stream_kernel<<<4 * 132, 512, 0, stream>>>(vectors(from) + i % slots * size, size,
+                                                   vectors(to) + i * (size / 16), every,
+                                                   sink.get());
       }
     });
     std::printf(
@@ -160,12 +163,18 @@ void measure(const char* regime, int batch, StateFormat format) {
   std::vector<int32_t> pages(num_pages);
   std::iota(pages.begin(), pages.end(), 0);
   std::shuffle(pages.begin(), pages.end(), std::mt19937(0));
+  // Every call's tables have cache lines of their own, as a buffer of XLA's has.
+  const size_t used = size_t(batch) * pages_each, stride = (used + 63) / 64 * 64;
+  std::vector<int32_t> all_tables(num_tables * stride);
+  for (int i = 0; i < num_tables; ++i) {
+    std::copy_n(pages.begin() + i * used, used, all_tables.begin() + i * stride);
+  }
 
   const size_t pool = static_cast<size_t>(num_pages) * kPageSize * S;
   const Buffer<float> kv(pool), score(pool), ape(R * S);
   const Buffer<bf16> kv_score(size_t(batch) * kNextN * 2 * S);
   const Buffer<bf16> kv_comp(size_t(batch) * D);
-  const Buffer<int32_t> tables(pages), kv_lens(lens);
+  const Buffer<int32_t> tables(all_tables), kv_lens(lens);
   DecodeParams p = {};
   p.kv = kv.get(), p.score = score.get(), p.kv_score = kv_score.get(), p.ape = ape.get();
   p.kv_lens = kv_lens.get(), p.kv_comp = kv_comp.get();
@@ -175,15 +184,14 @@ void measure(const char* regime, int batch, StateFormat format) {
               static_cast<uint32_t>(pages_each)};
 
   // Between two launches of the graph all that the L2 holds is replaced.
-  const Buffer<float4> cold(kColdBytes / sizeof(float4));
-  const Buffer<float> sink(1);
+  const Buffer<float> cold(kColdBytes / sizeof(float)), sink(1);
   const auto flush = [&](cudaStream_t stream) {
-    stream_kernel<<<4 * 132, 512, 0, stream>>>(cold.get(), kColdBytes / sizeof(float4), nullptr, 0,
-                                               sink.get());
+    stream_kernel<<<4 * 132, 512, 0, stream>>>(vectors(cold), kColdBytes / sizeof(float4), nullptr,
+                                               0, sink.get());
   };
   const double all = time_of([&](cudaStream_t stream) {
     for (int i = 0; i < calls; ++i) {
-      p.kv_tables = p.score_tables = tables.get() + (i % num_tables) * batch * pages_each;
+      p.kv_tables = p.score_tables = tables.get() + (i % num_tables) * stride;
       const char* problem = launch<Config>(stream, p, format, choose_geometry<Config>(p));
       if (problem != nullptr) std::fprintf(stderr, "%s\n", problem), std::exit(1);
     }

@@ -118,8 +118,8 @@ struct GeometriesOf<128> {
   static constexpr int64_t kFewChannels = 64 * 512;
 };
 
-// On a state of prefixes, up to so many requests x S a thread takes one channel, and beyond two.
-inline constexpr int64_t kFewPrefixChannels = 128 * 512;
+// On a state of prefixes, up to so many requests x head_dim a warp takes one token, and beyond all.
+inline constexpr int64_t kFewPrefixChannels = 24 * 512;
 
 // ------------------------------------------------------------------------------------ walking it
 

@@ -86,6 +86,51 @@ __device__ __forceinline__ Vector<T, kSize> load_once(const T* source) {
   return u.vector;
 }
 
+// *from, or `otherwise`, without a branch: a branch is a point at which the compiler has everything
+// wait that was loaded before it.
+template <class T>
+__device__ __forceinline__ T load_if(bool condition, const T* from, T otherwise) {
+  static_assert(sizeof(T) == 4);
+  union {
+    T value;
+    uint32_t bits;
+  } u{otherwise};
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.b32 %0, [%1]; }"
+               : "+r"(u.bits)
+               : "l"(from), "r"(static_cast<int>(condition)));
+  return u.value;
+}
+
+// look_up where `wanted`; elsewhere a page that does not exist.
+__device__ __forceinline__ TableEntry look_up_if(bool wanted, const Paging& paging,
+                                                 const int32_t* table, int32_t position) {
+  const uint32_t n = static_cast<uint32_t>(position);
+  const uint32_t page = n / paging.page_size;
+  return {static_cast<uint32_t>(load_if(wanted && page < paging.max_pages, table + page, -1)),
+          n - page * paging.page_size.value};
+}
+
+// Has a request's tables come nearer while its length is on its way: a sector of 8 entries per
+// thread. Only a hint: what is beyond those sectors is looked up all the same.
+__device__ __forceinline__ void prefetch_tables(const DecodeParams& p, uint32_t group,
+                                                uint32_t index) {
+  const uint32_t entry = 8 * threadIdx.x;
+  const auto prefetch = [&](const int32_t* tables, uint32_t stride) {
+    const int32_t* table = tables + uint64_t{group * stride + index} * p.paging.max_pages;
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(table + entry));
+  };
+  if (entry >= p.paging.max_pages) return;
+  prefetch(p.kv_tables, p.kv_tables_stride);
+  if (p.score_tables != p.kv_tables) prefetch(p.score_tables, p.score_tables_stride);
+}
+
+// A base address that the compiler leaves whole: row * S elements on is then one instruction.
+template <class T>
+__device__ __forceinline__ T* opaque(T* pointer) {
+  asm("" : "+l"(pointer));
+  return pointer;
+}
+
 // weighted / sum, or 0 where nothing has any weight.
 __device__ __forceinline__ float quotient(float weighted, float sum) {
   return sum == 0 ? 0.0f : fast_quotient(weighted, sum);
@@ -375,6 +420,7 @@ __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads,
 
   const uint32_t index = blockIdx.x / ctas_per_request;
   const int part = blockIdx.x - index * ctas_per_request.value;
+  prefetch_tables(p, blockIdx.z, index);
   const Request<Config> r = request_at<Config>(p, blockIdx.z, index);
   Out* out = static_cast<Out*>(p.kv_comp) +
              (int64_t{blockIdx.z} * p.batch + index) * p.num_windows * Config::kHeadDim;

@@ -48,11 +48,19 @@ void launch_kernel(RowAtATime<kWarps>, dim3 grid, cudaStream_t stream, const Dec
   row_at_a_time_kernel<Config, RowAtATime<kWarps>><<<grid, T::kThreads, 0, stream>>>(p);
 }
 
-template <class Config, int kVector>
+// On a state of prefixes.
+template <class Config>
 void launch_prefix_kernel(cudaStream_t stream, const DecodeParams& p) {
-  using T = PrefixTile<Config, kVector>;
-  const dim3 grid(p.batch * T::kSlices, 1, p.num_groups);
-  prefix_kernel<Config, kVector><<<grid, T::kThreads, 0, stream>>>(p);
+  using Token = PrefixTokenTile<Config>;
+  using T = PrefixTile<Config>;
+  const int64_t channels = int64_t{p.num_groups} * p.batch * Config::kHeadDim;
+  if (p.next_n <= Token::kTokens && channels <= kFewPrefixChannels) {
+    const dim3 grid(p.batch * Token::kSlices, 1, p.num_groups);
+    prefix_token_kernel<Config><<<grid, 32 * p.next_n, 0, stream>>>(p);
+  } else {
+    const dim3 grid(p.batch * T::kSlices, 1, p.num_groups);
+    prefix_kernel<Config><<<grid, T::kThreads, 0, stream>>>(p);
+  }
 }
 
 // Launches a step on a state of this format; in the geometry of this index, unless the format has
@@ -68,9 +76,7 @@ const char* launch(cudaStream_t stream, const DecodeParams& p, StateFormat forma
   }
   if constexpr (may_hold(kDTypeOf<typename Config::State>, StateFormat::kPrefix)) {
     if (format == StateFormat::kPrefix) {
-      const int64_t channels = int64_t{p.num_groups} * p.batch * Config::kStateDim;
-      channels <= kFewPrefixChannels ? launch_prefix_kernel<Config, 1>(stream, p)
-                                     : launch_prefix_kernel<Config, 2>(stream, p);
+      launch_prefix_kernel<Config>(stream, p);
       return nullptr;
     }
   }

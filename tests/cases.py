@@ -328,7 +328,7 @@ GEOMETRIES = tuple(  # what a call can be told to use, in every configuration an
     # The baselines, one row at a time, serve no step of more than one window.
     if case.num_windows == 1 or not geometry.baseline
 )
-# On prefixes the batch decides: from requests x S = 65,536 on a thread takes two channels.
+# On prefixes the batch decides: beyond requests x head_dim = 12,288 a warp takes all tokens.
 MANY = tuple(
     Case(head_dim, ratio, next_n, BF16_IN_F32_STATE, regime, batch=batch)
     for ratio in (4, 128)

@@ -93,8 +93,9 @@ def test_rejected_drafts_leave_no_trace(case, implementation, device):
     """Three runs over the same tokens: with drafts, some rejected at random and overwritten in the
     next step; with the same steps, but only the accepted tokens; and one token at a time.
 
-    A row has the same bits in all three. Prefixes of the reference are only close: how XLA rounds
-    them depends on the program, here on next_n.
+    A row has the same bits in the first two; in the third, too, but for some prefixes that are only
+    close: on a GPU, where a step's new rows may be merged before they meet those before the step,
+    and of the reference, where XLA's rounding depends on the program, here on next_n.
     """
     rng = np.random.default_rng(0)
     start = cases.make_operands(case)
@@ -149,7 +150,8 @@ def test_rejected_drafts_leave_no_trace(case, implementation, device):
 
         for never_rewound in (accepting, single):
             got, want = live_rows(drafting), live_rows(never_rewound)
-            exact = implementation == "ffi" or never_rewound is accepting
+            one_order = implementation == "ffi" and device.platform == "cpu"
+            exact = never_rewound is accepting or one_order
             check_results(got, want, "raw" if exact else case.state_format)
 
 
