@@ -35,7 +35,10 @@ measure --state-format prefix --regime "all emit" "no hit" distributed --batch 1
 measure --regime distributed --batch 32 64 128 256 --baselines
 measure --regime "no hit" --batch 1 16 64 256
 measure --ratio 4 --head-dim 512 128 --state-format raw prefix --batch 1 16 64 256
-measure --next-n 1 2 8 --batch 1 16 256
+measure --layers --batch 1 16 64 128 256 512
+measure --layers --state-format prefix --regime "all emit" "no hit" --batch 1 16 128 256
+measure --max-pages 1024 --state-format raw prefix --batch 1 16 64 256
+measure --next-n 1 2 8 --state-format raw prefix --batch 1 16 256
 measure --state bfloat16 --kv-score bfloat16 float32 --batch 1 16 256
 measure --head-dim 128 --batch 1 16 256
 measure --warm --batch 1 16 64 --baselines
@@ -45,7 +48,7 @@ nvcc -std=c++17 -O3 -arch=native -Iffi benchmarks/graph.cu -o "$results/graph"
 # Needs permission to read the performance counters.
 for batch in 1 16 256; do
   for kernel in compress prefix; do
-    ncu -k regex:"${kernel}_kernel" --launch-count 1 --clock-control none \
+    ncu -k regex:"$kernel" --launch-count 1 --clock-control none \
       --section SpeedOfLight --section MemoryWorkloadAnalysis --section Occupancy \
       --section LaunchStats --section WarpStateStats --section SchedulerStats \
       "$results/graph" "$batch" >"$results/ncu-$kernel-$batch.txt" || true
