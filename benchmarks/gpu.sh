@@ -35,8 +35,6 @@ measure --state-format prefix --regime "all emit" "no hit" distributed --batch 1
 measure --regime distributed --batch 32 64 128 256 --baselines
 measure --regime "no hit" --batch 1 16 64 256
 measure --ratio 4 --head-dim 512 128 --state-format raw prefix --batch 1 16 64 256
-measure --layers --batch 1 16 64 128 256 512
-measure --layers --state-format prefix --regime "all emit" "no hit" --batch 1 16 128 256
 measure --max-pages 1024 --state-format raw prefix --batch 1 16 64 256
 measure --next-n 1 2 8 --state-format raw prefix --batch 1 16 256
 measure --state bfloat16 --kv-score bfloat16 float32 --batch 1 16 256

@@ -49,7 +49,7 @@ LINES = [
 
 def select(rows: list[dict], wanted: dict) -> dict[int, dict]:
     """By batch."""
-    wanted = HCA | {"format": "raw", "warm": False, "layers": False, "max_pages": 0} | wanted
+    wanted = HCA | {"format": "raw", "warm": False, "max_pages": 0} | wanted
     return {r["batch"]: r for r in rows if all(r[key] == x for key, x in wanted.items())}
 
 
