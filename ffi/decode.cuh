@@ -86,30 +86,6 @@ __device__ __forceinline__ Vector<T, kSize> load_once(const T* source) {
   return u.vector;
 }
 
-// *from, or `otherwise`, without a branch: a branch is a point at which the compiler has everything
-// wait that was loaded before it.
-template <class T>
-__device__ __forceinline__ T load_if(bool condition, const T* from, T otherwise) {
-  static_assert(sizeof(T) == 4);
-  union {
-    T value;
-    uint32_t bits;
-  } u{otherwise};
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.b32 %0, [%1]; }"
-               : "+r"(u.bits)
-               : "l"(from), "r"(static_cast<int>(condition)));
-  return u.value;
-}
-
-// look_up where `wanted`; elsewhere a page that does not exist.
-__device__ __forceinline__ TableEntry look_up_if(bool wanted, const Paging& paging,
-                                                 const int32_t* table, int32_t position) {
-  const uint32_t n = static_cast<uint32_t>(position);
-  const uint32_t page = n / paging.page_size;
-  return {static_cast<uint32_t>(load_if(wanted && page < paging.max_pages, table + page, -1)),
-          n - page * paging.page_size.value};
-}
-
 // Has a request's tables come nearer while its length is on its way: a sector of 8 entries per
 // thread. Only a hint: what is beyond those sectors is looked up all the same.
 __device__ __forceinline__ void prefetch_tables(const DecodeParams& p, uint32_t group,
@@ -122,13 +98,6 @@ __device__ __forceinline__ void prefetch_tables(const DecodeParams& p, uint32_t 
   if (entry >= p.paging.max_pages) return;
   prefetch(p.kv_tables, p.kv_tables_stride);
   if (p.score_tables != p.kv_tables) prefetch(p.score_tables, p.score_tables_stride);
-}
-
-// A base address that the compiler leaves whole: row * S elements on is then one instruction.
-template <class T>
-__device__ __forceinline__ T* opaque(T* pointer) {
-  asm("" : "+l"(pointer));
-  return pointer;
 }
 
 // weighted / sum, or 0 where nothing has any weight.

@@ -7,9 +7,9 @@
 // Bytes: 2 S per request for the row before the step, and S more where windows overlap; 4 S per new
 // row (half of it read), elements; nothing more where a window is completed.
 //
-// Two kernels, for few requests and for many. Both own a column of D, or two, of both halves where
-// windows overlap, and both merge in the order of the rows; but the first merges the new rows of a
-// window among themselves before the row before the step is there, and so rounds differently.
+// Two kernels, for few requests and for many. A thread of theirs has one column of D, or two, of
+// both halves where windows overlap, and merges in the order of the rows; but in the first the new
+// rows of a window are merged before the row before the step is there, which rounds differently.
 
 #pragma once
 
@@ -22,6 +22,37 @@
 #include "paging.h"
 
 namespace jax_dsv4 {
+
+// *from, or `otherwise`, without a branch: a branch is a point at which the compiler has everything
+// wait that was loaded before it.
+template <class T>
+__device__ __forceinline__ T load_if(bool condition, const T* from, T otherwise) {
+  static_assert(sizeof(T) == 4);
+  union {
+    T value;
+    uint32_t bits;
+  } u{otherwise};
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.b32 %0, [%1]; }"
+               : "+r"(u.bits)
+               : "l"(from), "r"(static_cast<int>(condition)));
+  return u.value;
+}
+
+// look_up where `wanted`; elsewhere a page that does not exist.
+__device__ __forceinline__ TableEntry look_up_if(bool wanted, const Paging& paging,
+                                                 const int32_t* table, int32_t position) {
+  const uint32_t n = static_cast<uint32_t>(position);
+  const uint32_t page = n / paging.page_size;
+  return {static_cast<uint32_t>(load_if(wanted && page < paging.max_pages, table + page, -1)),
+          n - page * paging.page_size.value};
+}
+
+// A base address that the compiler leaves whole: row * S elements on is then one instruction.
+template <class T>
+__device__ __forceinline__ T* opaque(T* pointer) {
+  asm("" : "+l"(pointer));
+  return pointer;
+}
 
 // Of row t; where there is no such row, it may have wrapped around.
 template <class Config>
@@ -232,7 +263,7 @@ __global__ void __launch_bounds__(PrefixTile<Config>::kThreads, PrefixTile<Confi
       score_to[j] = __shfl_sync(~0u, score_row, j);
       const bool exists = kv_to[j] != kNowhere && score_to[j] != kNowhere;
       const bool starts = (phase + j) % R == 0;
-      if (Config::kOverlap && starts && first + j > start) before = open[0];
+      if (Config::kOverlap && starts && position_of(r, t0 + j) > start) before = open[0];
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
         if (starts) open[half] = none;
