@@ -121,12 +121,12 @@ def paged_kv_compress(
     Precision: sums in f32. A row is stored rounded once to the state's dtype, the score after its
     bias is added in f32; a new row counts as stored. Rounding is to nearest even. (On a CPU, XLA's
     threads flush a denormal sum of score and bias to zero.) In format ``"prefix"``, the logsumexp
-    and the mean are rounded to f32 once per row, by the compiled kernels in the same way however
-    the rows are split into steps. To first order in u = 2^-24, a value is then off by at most
-    ``R u (12 + max|lse|) max|kv|``, over the window's rows (one more than R where windows overlap).
-    The largest errors in 262,144 channels after 128 rows, relative to max|kv|, on a CPU: 1.2e-6 for
-    scores of N(0, 2), 1.3e-5 for 100 + N(0, 2), 2e-3 around 1e4, where f32 leaves a logsumexp three
-    decimals.
+    and the mean are rounded to f32 once per row; by the compiled kernel on a CPU in the same way
+    however the rows are split into steps, elsewhere their last bits can depend on that. To first
+    order in u = 2^-24, a value is then off by at most ``R u (12 + max|lse|) max|kv|``, over the
+    window's rows (one more than R where windows overlap). The largest errors in 262,144 channels
+    after 128 rows, relative to max|kv|, on a CPU: 1.0e-6 for scores of N(0, 2), 1.3e-5 for
+    100 + N(0, 2), 2e-3 around 1e4, where f32 leaves a logsumexp three decimals.
 
     Robustness: nothing outside the operands' buffers is read or written, whatever their values. A
     page id outside [0, num_pages) and a logical page past the table are nowhere: rows written there
