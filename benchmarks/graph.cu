@@ -1,7 +1,9 @@
 // The time of one call with nothing of XLA around it: the launches that the handler makes, captured
 // in a CUDA graph by hand. A check on benchmarks/decode.py, which measures inside a jitted program;
-// the same points, the same rotation through the pool. And what bounds the largest of them: a plain
-// streaming read of as many bytes, with and without a few bytes written beside it.
+// the same points, the same rotation through the pool. The same with one table for all calls, each
+// of which has a state of its own, as the layers of a model do: the state alone is cold. And what
+// bounds the largest of them: a plain streaming read of as many bytes, with and without a few bytes
+// written beside it.
 //
 //     nvcc -std=c++17 -O3 -arch=native -Iffi benchmarks/graph.cu -o graph && ./graph [batch ...]
 //
@@ -137,7 +139,7 @@ void measure_stream(size_t mib) {
 }
 
 template <class Config>
-void measure(const char* regime, int batch, StateFormat format) {
+void measure(const char* regime, int batch, StateFormat format, bool one_table) {
   constexpr int R = Config::kRatio, S = Config::kStateDim, D = Config::kHeadDim;
   constexpr int kLast = Config::kReducedRows;  // the length at which a window is complete
   std::vector<int32_t> lens(batch);
@@ -169,19 +171,24 @@ void measure(const char* regime, int batch, StateFormat format) {
   for (int i = 0; i < num_tables; ++i) {
     std::copy_n(pages.begin() + i * used, used, all_tables.begin() + i * stride);
   }
+  if (one_table) {  // of the pages of a call's own state
+    std::iota(all_tables.begin(), all_tables.begin() + used, 0);
+    std::shuffle(all_tables.begin(), all_tables.begin() + used, std::mt19937(0));
+  }
 
   const size_t pool = static_cast<size_t>(num_pages) * kPageSize * S;
+  const int state_pages = one_table ? static_cast<int>(used) : num_pages;
   const Buffer<float> kv(pool), score(pool), ape(R * S);
   const Buffer<bf16> kv_score(size_t(batch) * kNextN * 2 * S);
   const Buffer<bf16> kv_comp(size_t(batch) * D);
   const Buffer<int32_t> tables(all_tables), kv_lens(lens);
   DecodeParams p = {};
-  p.kv = kv.get(), p.score = score.get(), p.kv_score = kv_score.get(), p.ape = ape.get();
+  p.kv_score = kv_score.get(), p.ape = ape.get();
   p.kv_lens = kv_lens.get(), p.kv_comp = kv_comp.get();
   p.num_groups = 1, p.batch = batch, p.next_n = kNextN, p.num_windows = 1;
-  p.rows_per_pool = static_cast<uint32_t>(num_pages) * kPageSize;
-  p.paging = {Divisor(kPageSize), static_cast<uint32_t>(num_pages),
-              static_cast<uint32_t>(pages_each)};
+  p.rows_per_pool = static_cast<uint32_t>(state_pages) * kPageSize;
+  p.paging = {static_cast<uint32_t>(pages_each), static_cast<uint32_t>(state_pages),
+              Divisor(kPageSize)};
 
   // Between two launches of the graph all that the L2 holds is replaced.
   const Buffer<float> cold(kColdBytes / sizeof(float)), sink(1);
@@ -191,7 +198,10 @@ void measure(const char* regime, int batch, StateFormat format) {
   };
   const double all = time_of([&](cudaStream_t stream) {
     for (int i = 0; i < calls; ++i) {
-      p.kv_tables = p.score_tables = tables.get() + (i % num_tables) * stride;
+      const int place = i % num_tables;
+      const size_t state = one_table ? place * used * kPageSize * S : 0;
+      p.kv = kv.get() + state, p.score = score.get() + state;
+      p.kv_tables = p.score_tables = tables.get() + (one_table ? 0 : place * stride);
       const char* problem = launch<Config>(stream, p, format, choose_geometry<Config>(p));
       if (problem != nullptr) std::fprintf(stderr, "%s\n", problem), std::exit(1);
     }
@@ -200,8 +210,9 @@ void measure(const char* regime, int batch, StateFormat format) {
   const double us = (all - time_of(flush)) / calls;
   std::printf(
       "{\"regime\": \"%s\", \"batch\": %d, \"ratio\": %d, \"head_dim\": %d, \"format\": \"%s\", "
-      "\"variant\": \"graph by hand\", \"us\": %.3f}\n",
-      regime, batch, R, D, kStateFormatNames[static_cast<int>(format)], us);
+      "\"variant\": \"graph by hand%s\", \"us\": %.3f}\n",
+      regime, batch, R, D, kStateFormatNames[static_cast<int>(format)],
+      one_table ? ", one table" : "", us);
   std::fflush(stdout);
 }
 
@@ -217,7 +228,9 @@ int main(int argc, char** argv) {
                                    std::initializer_list<int> batches) {
     for (int batch : batches) {
       if (wanted.empty() || std::find(wanted.begin(), wanted.end(), batch) != wanted.end()) {
-        measure<decltype(config)>(regime, batch, format);
+        for (bool one_table : {false, true}) {
+          measure<decltype(config)>(regime, batch, format, one_table);
+        }
       }
     }
   };

@@ -56,7 +56,9 @@ void launch_prefix_kernel(cudaStream_t stream, const DecodeParams& p) {
   const int64_t channels = int64_t{p.num_groups} * p.batch * Config::kHeadDim;
   if (p.next_n <= Token::kTokens && channels <= kFewPrefixChannels) {
     const dim3 grid(p.batch * Token::kSlices, 1, p.num_groups);
-    prefix_token_kernel<Config><<<grid, 32 * p.next_n, 0, stream>>>(p);
+    const auto kernel = p.paging.max_pages <= Token::kEntries ? prefix_token_kernel<Config, true>
+                                                              : prefix_token_kernel<Config, false>;
+    kernel<<<grid, Token::kThreads, 0, stream>>>(PrefixTokenParams(p));
   } else {
     const dim3 grid(p.batch * T::kSlices, 1, p.num_groups);
     prefix_kernel<Config><<<grid, T::kThreads, 0, stream>>>(p);

@@ -36,9 +36,9 @@ JAX_DSV4_HD uint32_t operator/(uint32_t n, const Divisor& d) {
 inline constexpr uint32_t kNowhere = ~0u;
 
 struct Paging {
-  Divisor page_size;
-  uint32_t num_pages;  // of a group's pool; at most 2^31, so a negative id never passes as unsigned
   uint32_t max_pages;  // of one request's table
+  uint32_t num_pages;  // of a group's pool; at most 2^31, so a negative id never passes as unsigned
+  Divisor page_size;
 };
 
 // Where a position is in a request's table: what is loaded, before anything waits for it.

@@ -234,6 +234,13 @@ def _shared_prefix(case: Case, x: Operands) -> None:
     x.kv_lens = np.maximum(x.kv_lens, num_shared * case.page_size + case.next_n).astype(np.int32)
 
 
+def _long_table(case: Case, x: Operands) -> None:
+    """Around the 512th entry, the last one that a kernel may have copied."""
+    at, R = 512 * case.page_size, case.ratio
+    near = [at + by for by in (0, 1, 2, case.next_n, case.next_n + 1, R, R + 1, -1)]
+    x.kv_lens = _cycle([*near, case.max_pages * case.page_size, R], case)
+
+
 REGIMES: dict[str, Callable[[Case, Operands], None]] = {
     "boundaries": _boundaries,
     "one_table": _one_table,
@@ -249,6 +256,7 @@ REGIMES: dict[str, Callable[[Case, Operands], None]] = {
     "large_scores": _large_scores,
     "ties": _ties,
     "shared_prefix": _shared_prefix,
+    "long_table": _long_table,
 }
 
 # --------------------------------------------------------------------------------------- the list
@@ -286,6 +294,19 @@ IN_REGIMES = tuple(
     )
     for shape in SHAPES
     for regime in REGIMES
+    if regime != "long_table"
+)
+LONG_TABLES = tuple(
+    Case(
+        shape.head_dim,
+        shape.compress_ratio,
+        4,
+        BF16_IN_F32_STATE,
+        "long_table",
+        page_size=1,
+        max_len=700,
+    )
+    for shape in SMALL_SHAPES
 )
 RANDOM = tuple(  # sizes for operands that are drawn
     Case(shape.head_dim, shape.compress_ratio, 3, BF16_IN_F32_STATE, batch=3, page_size=page_size)
@@ -338,8 +359,10 @@ MANY = tuple(
         (512, 6, "bad_pages", 130),
     )
 )
-PREFIX_GEOMETRIES = tuple((case.in_prefix(), -1) for case in dict.fromkeys([*_HARD, *MANY]))
-ALL = tuple(dict.fromkeys([*MTP, *CONFIGURATIONS, *NEXT_N, *PAGE_SIZES, *IN_REGIMES]))
+PREFIX_GEOMETRIES = tuple(
+    (case.in_prefix(), -1) for case in dict.fromkeys([*_HARD, *MANY, *LONG_TABLES])
+)
+ALL = tuple(dict.fromkeys([*MTP, *CONFIGURATIONS, *NEXT_N, *PAGE_SIZES, *IN_REGIMES, *LONG_TABLES]))
 
 
 def in_formats(cases: Sequence[Case]) -> tuple[Case, ...]:
