@@ -4,12 +4,14 @@
 
 One program makes many calls in a row on one donated state, each on pages and with tables of its
 own, and reads 256 MiB of something else: every call finds its state, and its tables, outside the L2
-cache (cold). ``cycle_mib`` says how much is moved between two uses of a page; with ``--warm`` all
-calls are on the same pages and nothing else is read. ``--max-pages`` makes tables as long as those
-of long contexts.
+cache (cold). ``cycle_mib`` says how much is moved between two uses of a page. With ``--layers``
+every call has a state of its own, and all share the tables, like the layers of a model: the state
+alone is cold. With ``--warm`` all calls are on the same pages and nothing else is read.
+``--max-pages`` makes tables as long as those of long contexts.
 The time per call is the difference between this program and one that makes a quarter of the calls
-and reads the same, over the calls in between. Programs are dispatched one after another, without a
-wait, and each takes longer than its dispatch. XLA captures the calls in CUDA graphs by default.
+and reads the same, over the calls in between; the two run in turns. Programs are dispatched one
+after another, without a wait, and each takes longer than its dispatch. XLA captures the calls in
+CUDA graphs by default.
 ``benchmarks/graph.cu`` checks these figures with graphs captured by hand.
 """
 
@@ -35,6 +37,8 @@ PAGE_SIZE = 32
 POOL_BYTES = 1 << 30
 COLD_BYTES = 256 << 20  # aimed at between two uses of a page: several times an L2
 MAX_CALLS = 512  # in a program, for it to compile in seconds
+LAYERS = 96
+LAYERS_READ_BYTES = 8 << 30  # takes longer than the dispatch of a program of so many operands
 REGIMES = ("all emit", "distributed", "no hit")
 FLOATS = ("bfloat16", "float32")
 
@@ -53,6 +57,7 @@ class Point:
     out: str = "bfloat16"
     format: str = "raw"
     warm: bool = False
+    layers: bool = False
     max_pages: int = 0  # of a table; as many as are used, at least
 
     @property
@@ -101,19 +106,20 @@ class Point:
 
 
 def make_program(point: Point, calls: int, tables, implementation: str, geometry: int):
-    """A jitted (state, kv_score, ape, kv_lens, something else to read) -> (state, a few values).
+    """A jitted (states, kv_score, ape, kv_lens, something else to read) -> (states, a few values).
 
-    The state is donated and the results are small: a run finds its buffers where the last one did.
-    At other addresses, XLA would have to update its graphs.
+    The states are donated and the results are small: a run finds its buffers where the last one
+    did. At other addresses, XLA would have to update its graphs.
     """
 
-    def program(state, kv_score, ape, kv_lens, something_else):
+    def program(states, kv_score, ape, kv_lens, something_else):
         kept = []
         for i in range(calls):
-            kv_comp, state = with_geometry(
+            layer = i % len(states)
+            kv_comp, states[layer] = with_geometry(
                 kv_score,
                 ape,
-                state,
+                states[layer],
                 tables[i % len(tables)],
                 kv_lens,
                 compress_ratio=point.ratio,
@@ -123,7 +129,7 @@ def make_program(point: Point, calls: int, tables, implementation: str, geometry
             )
             # A custom call is kept by the state it updates; of plain jnp, what nothing reads goes.
             kept = [*kept, jnp.sum(kv_comp)] if implementation == "xla" else []
-        return state, sum(kept), jnp.sum(read_all(something_else))
+        return states, sum(kept), jnp.sum(read_all(something_else))
 
     return jax.jit(program, donate_argnums=0)
 
@@ -135,53 +141,67 @@ def measure(point: Point, implementation: str = "ffi", geometry: int = -1, secon
     pages_of_call = point.batch * pages_each
     page_bytes = 2 * PAGE_SIZE * point.state_dim * jnp.dtype(point.state).itemsize
     calls = int(np.clip(COLD_BYTES // point.bytes_moved(), 128, MAX_CALLS))
+    read_bytes, num_states = COLD_BYTES, 1
     if implementation == "xla":
         calls = 16  # compiles slowly; its temporaries flush the cache
     num_tables = min(calls, COLD_BYTES // point.bytes_moved() + 1)
     num_pages = max(POOL_BYTES // page_bytes, num_tables * pages_of_call)
-    num_tables = 1 if point.warm else min(calls, num_pages // pages_of_call)
+    num_tables = min(calls, num_pages // pages_of_call)
+    if point.layers:
+        calls = num_states = LAYERS
+        seconds = 0.2  # the calls are a small part of a run
+        read_bytes, num_tables, num_pages = LAYERS_READ_BYTES, 1, pages_of_call
+    if point.warm:
+        read_bytes, num_tables = 1 << 12, 1
 
     order = rng.permutation(num_pages)[: num_tables * pages_of_call].astype(np.int32)
     # Constants of the program, a buffer each.
     tables = np.zeros((num_tables, point.batch, max(point.max_pages, pages_each)), np.int32)
     tables[:, :, :pages_each] = order.reshape(num_tables, point.batch, pages_each)
-    keys = jax.random.split(jax.random.key(0), 4)
-    shape = (num_pages, PAGE_SIZE, point.state_dim)
-    state = CompressorState(
-        jax.random.normal(keys[0], shape, point.state),
-        jax.random.normal(keys[1], shape, point.state),
-        point.format,
-    )
+    keys = iter(jax.random.split(jax.random.key(0), 2 + 2 * num_states))
     kv_score = jax.random.normal(
-        keys[2], (point.batch, point.next_n, 2 * point.state_dim), point.kv_score
+        next(keys), (point.batch, point.next_n, 2 * point.state_dim), point.kv_score
     )
-    ape = jax.random.normal(keys[3], (point.ratio, point.state_dim), jnp.float32)
-    something_else = jnp.ones(1 << 10 if point.warm else COLD_BYTES // 4, jnp.float32)
+    ape = jax.random.normal(next(keys), (point.ratio, point.state_dim), jnp.float32)
+    shape = (num_pages, PAGE_SIZE, point.state_dim)
+    states = [
+        CompressorState(
+            jax.random.normal(next(keys), shape, point.state),
+            jax.random.normal(next(keys), shape, point.state),
+            point.format,
+        )
+        for _ in range(num_states)
+    ]
+    something_else = jnp.ones(read_bytes // 4, jnp.float32)
     rest = (kv_score, ape, jnp.asarray(point.kv_lens()), something_else)
 
-    def seconds_of_a_run(program) -> float:
-        def time_runs(count: int) -> float:
-            nonlocal state
-            start = time.perf_counter()
-            for _ in range(count):
-                values = None  # its memory is free for the next run's
-                state, *values = program(state, *rest)
-            jax.block_until_ready((state, values))
-            return time.perf_counter() - start
+    def time_runs(program, count: int) -> float:
+        nonlocal states
+        start = time.perf_counter()
+        for _ in range(count):
+            values = None  # its memory is free for the next run's
+            states, *values = program(states, *rest)
+        jax.block_until_ready((states, values))
+        return time.perf_counter() - start
 
-        few = 2
-        time_runs(few)  # compiles
-        once = max((time_runs(few + 3) - time_runs(few)) / 3, 1e-5)
-        many = few + max(3, int(seconds / once))
-        times = [(time_runs(many) - time_runs(few)) / (many - few) for _ in range(5)]
-        return statistics.median(times)
-
-    of_many, of_few = (
-        seconds_of_a_run(make_program(point, n, tables, implementation, geometry))
-        for n in (calls, calls // 4)
-    )
-    read_between = something_else.nbytes if num_tables == calls else 0
-    cycle_bytes = num_tables * point.bytes_moved() + read_between
+    few = 2
+    programs = {}  # with the number of runs to measure
+    for n in (calls, calls // 4):
+        program = make_program(point, n, tables, implementation, geometry)
+        time_runs(program, few)  # compiles
+        once = max((time_runs(program, few + 3) - time_runs(program, few)) / 3, 1e-5)
+        programs[program] = few + max(3, int(seconds / once))
+    rounds = [
+        [
+            (time_runs(program, many) - time_runs(program, few)) / (many - few)
+            for program, many in programs.items()
+        ]
+        for _ in range(5)
+    ]
+    of_many, of_few = map(statistics.median, zip(*rounds, strict=True))
+    places = num_tables * num_states
+    read_between = something_else.nbytes if places == calls else 0
+    cycle_bytes = places * point.bytes_moved() + read_between
     return 1e6 * (of_many - of_few) / (calls - calls // 4), cycle_bytes
 
 
@@ -252,6 +272,7 @@ def main() -> None:
     add("--kv-score", nargs="+", choices=FLOATS, default=["bfloat16"])
     add("--state", nargs="+", choices=FLOATS, default=["float32"])
     add("--max-pages", type=int, nargs="+", default=[0], help="entries of a request's table")
+    add("--layers", action="store_true", help="a state for every call, and tables for all")
     add("--warm", action="store_true", help="all calls on the same pages")
     add("--geometries", action="store_true", help="every compiled geometry, for tuning")
     add("--baselines", action="store_true", help="one row at a time, with 1 and with 4 warps")
@@ -273,6 +294,7 @@ def main() -> None:
         ["bfloat16"],
         args.state_format,
         [args.warm],
+        [args.layers],
         args.max_pages,
     )
     with open(args.out, "a") as out:
@@ -291,7 +313,7 @@ def main() -> None:
                 cells.append(f"{name} {us:.2f}")
             print(
                 f"R {point.ratio}, D {point.head_dim}, next_n {point.next_n}, {point.state} "
-                f"{point.format}{', warm' * point.warm}"
+                f"{point.format}{', warm' * point.warm}{', layers' * point.layers}"
                 f"{f', {point.max_pages} pages' * (point.max_pages > 0)}, "
                 f"{point.regime}, B={point.batch}: " + ", ".join(cells),
                 flush=True,

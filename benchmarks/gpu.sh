@@ -32,6 +32,8 @@ python3 -m jax_dsv4 | tee "$results/main.log"
 measure() { python3 benchmarks/decode.py --out "$results/decode.jsonl" "$@" | tee -a "$results/decode.log"; }
 measure --batch 1 16 32 64 128 256 512 --baselines --reference
 measure --state-format prefix --regime "all emit" "no hit" distributed --batch 1 16 64 128 256 512
+measure --state-format prefix --regime "all emit" "no hit" --layers --batch 1 16 128 256
+measure --ratio 4 --state-format prefix --layers --batch 1 16 256
 measure --regime distributed --batch 32 64 128 256 --baselines
 measure --regime "no hit" --batch 1 16 64 256
 measure --ratio 4 --head-dim 512 128 --state-format raw prefix --batch 1 16 64 256
