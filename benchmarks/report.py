@@ -26,6 +26,10 @@ LINES = [
         {"regime": "all emit", "variant": "default", "format": "prefix"},
     ),
     (
+        "prefix, the same, one table for all calls",
+        {"regime": "all emit", "variant": "default", "format": "prefix", "layers": True},
+    ),
+    (
         "prefix, 1 in 32 completes one",
         {"regime": "distributed", "variant": "default", "format": "prefix"},
     ),
@@ -49,7 +53,7 @@ LINES = [
 
 def select(rows: list[dict], wanted: dict) -> dict[int, dict]:
     """By batch."""
-    wanted = HCA | {"format": "raw", "warm": False, "max_pages": 0} | wanted
+    wanted = HCA | {"format": "raw", "warm": False, "layers": False, "max_pages": 0} | wanted
     return {r["batch"]: r for r in rows if all(r[key] == x for key, x in wanted.items())}
 
 
