@@ -54,7 +54,10 @@ void launch_prefix_kernel(cudaStream_t stream, const DecodeParams& p) {
   using Token = PrefixTokenTile<Config>;
   using T = PrefixTile<Config>;
   const int64_t channels = int64_t{p.num_groups} * p.batch * Config::kHeadDim;
-  if (p.next_n <= Token::kTokens && channels <= kFewPrefixChannels) {
+  // Tables at one address are one to the kernel for few: not if groups share only one of them.
+  const bool few = channels <= kFewPrefixChannels &&
+                   (p.kv_tables != p.score_tables || p.kv_tables_stride == p.score_tables_stride);
+  if (few && p.next_n <= Token::kTokens) {
     const dim3 grid(p.batch * Token::kSlices, 1, p.num_groups);
     const auto kernel = p.paging.max_pages <= Token::kEntries ? prefix_token_kernel<Config, true>
                                                               : prefix_token_kernel<Config, false>;
