@@ -11,8 +11,7 @@ alone is cold. With ``--warm`` all calls are on the same pages and nothing else 
 The time per call is the difference between this program and one that makes a quarter of the calls
 and reads the same, over the calls in between; the two run in turns. Programs are dispatched one
 after another, without a wait, and each takes longer than its dispatch. XLA captures the calls in
-CUDA graphs by default.
-``benchmarks/graph.cu`` checks these figures with graphs captured by hand.
+CUDA graphs by default. ``benchmarks/graph.cu`` checks these figures with graphs captured by hand.
 """
 
 from __future__ import annotations
@@ -272,8 +271,9 @@ def main() -> None:
     add("--kv-score", nargs="+", choices=FLOATS, default=["bfloat16"])
     add("--state", nargs="+", choices=FLOATS, default=["float32"])
     add("--max-pages", type=int, nargs="+", default=[0], help="entries of a request's table")
-    add("--layers", action="store_true", help="a state for every call, and tables for all")
-    add("--warm", action="store_true", help="all calls on the same pages")
+    places = parser.add_mutually_exclusive_group()
+    places.add_argument("--layers", action="store_true", help="a state per call, one table for all")
+    places.add_argument("--warm", action="store_true", help="all calls on the same pages")
     add("--geometries", action="store_true", help="every compiled geometry, for tuning")
     add("--baselines", action="store_true", help="one row at a time, with 1 and with 4 warps")
     add("--reference", action="store_true", help="the jitted jnp reference, too")

@@ -90,9 +90,8 @@ __device__ __forceinline__ T* opaque(T* pointer) {
 }
 
 // Of row t; where there is no such row, it may have wrapped around.
-template <class Config>
-__device__ __forceinline__ int position_of(const Request<Config>& r, int t) {
-  return static_cast<int>(static_cast<uint32_t>(r.first_position) + t);
+__device__ __forceinline__ int position_of(int first_position, int t) {
+  return static_cast<int>(static_cast<uint32_t>(first_position) + t);
 }
 
 // Grid: x = requests x column slices, z = groups. A warp per token, 32 columns: for up to kTokens
@@ -152,10 +151,10 @@ struct PrefixTokenParams {
         rows_per_pool(p.rows_per_pool) {}
 };
 
-// An SM returns loads in the order in which they were asked for, be they near or far: first the
-// lengths, then the tables, then what does not depend on the lengths. No load is moved across a
-// __syncwarp. Tables of up to kEntries entries are copied while the lengths are on their way
-// (kStaged); of longer ones some are brought nearer.
+// Loads in the order of use: first the lengths, which came as late as a cold table where they were
+// asked for behind its copy; then the tables, then what does not depend on the lengths. No load is
+// moved across a __syncwarp. Tables of up to kEntries entries are copied while the lengths are on
+// their way (kStaged); of longer ones some are brought nearer.
 // The compiler has loads into registers share six counters, so that waiting for one may be waiting
 // for others, too; at a branch, it waits for copies. What is copied into shared memory is waited
 // for by itself.
@@ -231,15 +230,12 @@ __global__ void __launch_bounds__(PrefixTokenTile<Config>::kThreads, 1)
     return;
   }
   const int first_position = length - num_new;
-  const auto position_of = [&](int t) {  // of row t; where there is no such row, it may wrap around
-    return static_cast<int>(static_cast<uint32_t>(first_position) + t);
-  };
-  const int token = position_of(t);
+  const int token = position_of(first_position, t);
   const int begin = token & -R;  // of its window
   const bool completes = t < num_new && token >= 0 && (token + 1) % R == 0;
   // Lane j looks up the row of token j, and the next lane the row before the step; where windows
   // overlap, the one after that the last row of the window before this token's.
-  int position = position_of(lane < kTokens ? lane : -1);
+  int position = position_of(first_position, lane < kTokens ? lane : -1);
   if (Config::kOverlap && lane == kTokens + 1) position = begin - 1;
   const uint32_t page = static_cast<uint32_t>(position) / p.paging.page_size;
   const uint32_t slot = position - page * p.paging.page_size.value + group * p.rows_per_pool;
@@ -247,7 +243,7 @@ __global__ void __launch_bounds__(PrefixTokenTile<Config>::kThreads, 1)
       (lane >= kTokens || lane < num_new) && position >= 0 && page < p.paging.max_pages;
 #pragma unroll
   for (int j = 0; j < kTokens; ++j) {
-    const uint32_t phase = static_cast<uint32_t>(position_of(j)) % R;
+    const uint32_t phase = static_cast<uint32_t>(position_of(first_position, j)) % R;
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
       copy_if(p.ape != nullptr, &biases[j][half][threadIdx.x], ape + phase * S + half * D);
@@ -302,7 +298,7 @@ __global__ void __launch_bounds__(PrefixTokenTile<Config>::kThreads, 1)
   Prefix merged[kHalves];
 #pragma unroll
   for (int j = 0; j < kTokens; ++j) {
-    const bool merges = j <= t && position_of(j) >= begin && (exist >> j & 1) != 0;
+    const bool merges = j <= t && position_of(first_position, j) >= begin && (exist >> j & 1) != 0;
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
       const float bias = biases[j][half][threadIdx.x];
@@ -391,8 +387,8 @@ __global__ void __launch_bounds__(PrefixTile<Config>::kThreads, PrefixTile<Confi
     // Lane j looks up the row of token t0 + j, and two lanes the rows before the step: the one
     // before `start`, if of the same window; where windows overlap, the last of the window before.
     const int lane = threadIdx.x % 32;
-    const int first = position_of(r, t0);
-    int position = position_of(r, t0 + lane);
+    const int first = position_of(r.first_position, t0);
+    int position = position_of(r.first_position, t0 + lane);
     bool wanted = lane < kRows && t0 + lane < r.num_new;
     if (t0 == 0 && lane == kRows) position = start - 1, wanted = start % R != 0;
     if (Config::kOverlap && t0 == 0 && lane == kRows + 1) {
@@ -438,7 +434,8 @@ __global__ void __launch_bounds__(PrefixTile<Config>::kThreads, PrefixTile<Confi
       score_to[j] = __shfl_sync(~0u, score_row, j);
       const bool exists = kv_to[j] != kNowhere && score_to[j] != kNowhere;
       const bool starts = (phase + j) % R == 0;
-      if (Config::kOverlap && starts && position_of(r, t0 + j) > start) before = open[0];
+      if (Config::kOverlap && starts && position_of(r.first_position, t0 + j) > start)
+        before = open[0];
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
         if (starts) open[half] = none;
