@@ -235,7 +235,7 @@ def _shared_prefix(case: Case, x: Operands) -> None:
 
 
 def _long_table(case: Case, x: Operands) -> None:
-    """Around the 512th entry, the last one that a kernel may have copied."""
+    """Around the 512th entry: a kernel may copy tables of up to so many, and no longer ones."""
     at, R = 512 * case.page_size, case.ratio
     near = [at + by for by in (0, 1, 2, case.next_n, case.next_n + 1, R, R + 1, -1)]
     x.kv_lens = _cycle([*near, case.max_pages * case.page_size, R], case)
@@ -304,9 +304,11 @@ LONG_TABLES = tuple(
         BF16_IN_F32_STATE,
         "long_table",
         page_size=1,
-        max_len=700,
+        max_len=max_len,
+        name=f"hd128 R {shape.compress_ratio}, a table of {max_len}",
     )
     for shape in SMALL_SHAPES
+    for max_len in (512, 700)
 )
 RANDOM = tuple(  # sizes for operands that are drawn
     Case(shape.head_dim, shape.compress_ratio, 3, BF16_IN_F32_STATE, batch=3, page_size=page_size)
