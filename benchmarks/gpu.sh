@@ -1,57 +1,154 @@
 #!/usr/bin/env bash
-# On a machine with an NVIDIA GPU: build for it, run every test there, look for bad memory accesses
-# and races, and measure. Results go to the folder named by the first argument.
+# One part of what is to be run on a machine with an NVIDIA GPU, each of under 8 minutes on an H100
+# with 16 cores. Results and logs go to a folder.
 #
-#     benchmarks/gpu.sh [results/]
+#     benchmarks/gpu.sh PART [results/]
 #
-# Uses the environment's own build tools and JAX: the `cuda13` and `test` extras, and what
-# build-system.requires in pyproject.toml names.
-set -euo pipefail
+#     test      every test that is marked gpu
+#     sanitize  the kernels alone under compute-sanitizer: bad accesses, and races
+#     job       the main job, in both state formats
+#     measure   most of README's times, with the baselines and jnp beside
+#     vary      the times of all other points in points.csv
+#     step      a whole decode step in one program
+#     profile   the launches captured in graphs by hand, and ncu's counters
+#
+# Every part builds and installs the package for the GPU at hand, and needs the environment's own
+# build tools and JAX: the `cuda13` and `test` extras, and what build-system.requires in
+# pyproject.toml names. It fails if anything in it fails; its last line says which. COMMIT names what
+# is measured, where this is no git checkout.
+set -uo pipefail
 cd "$(dirname "$0")/.."
-results=${1:-results}
-mkdir -p "$results"
-results=$(cd "$results" && pwd)
-architecture=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
-nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+part=${1:-}
+case "$part" in
+  test | sanitize | job | measure | vary | step | profile) ;;
+  *)
+    sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' benchmarks/gpu.sh
+    exit 2
+    ;;
+esac
+results=${2:-results}
+mkdir -p "$results" && results=$(cd "$results" && pwd) || exit 1
+failed=()
 
-CUDAARCHS="$architecture-real" python3 -m pip install --quiet --no-build-isolation --no-deps -e . \
-  -Ccmake.define.JAX_DSV4_CUDA=ON
-JAX_DSV4_REQUIRE_GPU=1 python3 -m pytest -q -m gpu 2>&1 | tee "$results/tests.log"
+# Runs a command, shows its output, and keeps it in a log of this name.
+run() {
+  local name=$1
+  shift
+  "$@" 2>&1 | tee "$results/$name.log" || failed+=("$name")
+}
 
-# On bad pages, tables overrun and every geometry, the kernels alone. One cudaMalloc per buffer, for
-# memcheck to see where each ends.
-for tool in memcheck racecheck; do
-  JAX_DSV4_REQUIRE_GPU=1 XLA_PYTHON_CLIENT_ALLOCATOR=platform timeout -k 10 900 \
-    compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 9 \
-    python3 -m pytest -q -m gpu -k every_geometry -p no:cacheprovider >"$results/$tool.log" 2>&1 ||
-    failed="${failed:-} $tool"
-  tail -3 "$results/$tool.log"
-done
+build() {
+  local capability
+  nvidia-smi --query-gpu=name,driver_version --format=csv,noheader &&
+    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader) || return
+  capability=${capability%%$'\n'*}
+  CUDAARCHS="${capability/./}-real" python3 -m pip install --quiet --no-build-isolation --no-deps \
+    -e . -Ccmake.define.JAX_DSV4_CUDA=ON
+}
 
-python3 -m jax_dsv4 | tee "$results/main.log"
-measure() { python3 benchmarks/decode.py --out "$results/decode.jsonl" "$@" | tee -a "$results/decode.log"; }
-measure --batch 1 16 32 64 128 256 512 --baselines --reference
-measure --state-format prefix --regime "all emit" "no hit" distributed --batch 1 16 64 128 256 512
-measure --state-format prefix --regime "all emit" "no hit" --layers --batch 1 16 128 256
-measure --ratio 4 --state-format prefix --layers --batch 1 16 256
-measure --regime distributed --batch 32 64 128 256 --baselines
-measure --regime "no hit" --batch 1 16 64 256
-measure --ratio 4 --head-dim 512 128 --state-format raw prefix --batch 1 16 64 256
-measure --max-pages 1024 --state-format raw prefix --batch 1 16 64 256
-measure --next-n 1 2 8 --state-format raw prefix --batch 1 16 256
-measure --state bfloat16 --kv-score bfloat16 float32 --batch 1 16 256
-measure --head-dim 128 --batch 1 16 256
-measure --warm --batch 1 16 64 --baselines
+# Writes the ids of the GPU tests that match an expression, dealt out to so many files:
+# $results/NAME.00, .01 and so on.
+deal_tests() { # NAME COUNT EXPRESSION
+  rm -f "$results/$1".[0-9][0-9]
+  python3 -m pytest --collect-only -q -m gpu -k "$3" -p no:cacheprovider >"$results/$1.log" 2>&1 ||
+    { tail -20 "$results/$1.log" && return 1; }
+  grep :: "$results/$1.log" | split -d -n "r/$2" - "$results/$1."
+  echo "$(grep -c :: "$results/$1.log") tests in $2 processes"
+}
 
-nvcc -std=c++17 -O3 -arch=native -Iffi benchmarks/graph.cu -o "$results/graph"
-"$results/graph" | tee "$results/graph.jsonl"
-# Needs permission to read the performance counters.
-for batch in 1 16 256; do
-  for kernel in compress prefix; do
-    ncu -k regex:"$kernel" --launch-count 1 --clock-control none \
-      --section SpeedOfLight --section MemoryWorkloadAnalysis --section Occupancy \
-      --section LaunchStats --section WarpStateStats --section SchedulerStats \
-      "$results/graph" "$batch" >"$results/ncu-$kernel-$batch.txt" || true
+# Starts pytest on each of the files of test ids, in a process of its own, and sets `pids` by log.
+declare -A pids=()
+start_tests() { # NAME LOG COMMAND...
+  local name=$1 log=$2 file shard ids
+  shift 2
+  for file in "$results/$name".[0-9][0-9]; do
+    shard=$log.${file##*.}
+    mapfile -t ids <"$file"
+    XLA_PYTHON_CLIENT_PREALLOCATE=false JAX_DSV4_REQUIRE_GPU=1 timeout -k 10 360 \
+      "$@" python3 -m pytest -q -p no:cacheprovider "${ids[@]}" >"$results/$shard.log" 2>&1 &
+    pids[$shard]=$!
   done
-done
-test -z "${failed:-}" || { echo "failed:$failed"; exit 1; }
+}
+
+# Waits for all of them, and prints how each ended.
+finish_tests() {
+  local shard
+  for shard in $(printf '%s\n' "${!pids[@]}" | sort); do
+    if ! wait "${pids[$shard]}"; then
+      failed+=("$shard")
+      grep -E '^(FAILED|ERROR) ' "$results/$shard.log"
+    fi
+    printf '%-14s %s\n' "$shard" \
+      "$(grep -E ' (passed|failed|error)|SUMMARY' "$results/$shard.log" | tail -2 | paste -sd ' ')"
+  done
+}
+
+run_test() {
+  deal_tests tests 8 "" || { failed+=(collect) && return; }
+  start_tests tests test
+  finish_tests
+}
+
+# On bad pages, tables overrun and every geometry. One cudaMalloc per buffer, for memcheck to see
+# where each ends.
+run_sanitize() {
+  local tool
+  deal_tests kernels 6 every_geometry || { failed+=(collect) && return; }
+  export XLA_PYTHON_CLIENT_ALLOCATOR=platform
+  for tool in memcheck racecheck; do
+    start_tests kernels "$tool" \
+      compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 9
+  done
+  finish_tests
+}
+
+run_job() {
+  run job-raw python3 -m jax_dsv4
+  run job-prefix python3 -m jax_dsv4 --state-format prefix
+}
+
+readme_points=(raw distributed no_hit prefix r4)
+commit=(${COMMIT:+--commit "$COMMIT"})
+
+run_measure() {
+  run baseline python3 benchmarks/baseline.py
+  run measure python3 benchmarks/decode.py --out "$results/decode.jsonl" "${commit[@]}" \
+    --points "${readme_points[@]}"
+}
+
+run_vary() {
+  run vary python3 benchmarks/decode.py --out "$results/decode.jsonl" "${commit[@]}" \
+    --but "${readme_points[@]}" acceptance
+}
+
+run_step() {
+  run step python3 benchmarks/step.py --out "$results/step.jsonl" "${commit[@]}"
+}
+
+# ncu needs permission to read the performance counters.
+run_profile() {
+  local graph=$results/graph points=$results/points batch kernel
+  run graph-build nvcc -std=c++17 -O3 -arch=native -Iffi benchmarks/graph.cu -o "$graph"
+  python3 benchmarks/points.py >"$points.all" || failed+=(points)
+  run graph "$graph" "$points.all"
+  run streams "$graph" streams
+  grep -h '^{' "$results/graph.log" "$results/streams.log" >"$results/graph.jsonl"
+  for batch in 1 16 256; do
+    for kernel in raw prefix; do
+      python3 benchmarks/points.py --points acceptance --batch "$batch" |
+        grep '"ratio": 128' | grep "\"format\": \"$kernel\"" | head -1 >"$points.$kernel-$batch"
+      ncu -k regex:'compress|prefix' --launch-count 1 --clock-control none \
+        --section SpeedOfLight --section MemoryWorkloadAnalysis --section Occupancy \
+        --section LaunchStats --section WarpStateStats --section SchedulerStats \
+        "$graph" "$points.$kernel-$batch" >"$results/ncu-$kernel-$batch.txt" 2>&1 ||
+        failed+=("ncu-$kernel-$batch")
+    done
+  done
+}
+
+if build; then "run_$part"; else failed+=(build); fi
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "$part: FAILED after $SECONDS s: ${failed[*]}"
+  exit 1
+fi
+echo "$part: ok, $SECONDS s, results in $results"

@@ -1,5 +1,5 @@
 // What a decode step works on, once checked: the operands as raw pointers, and one request's view
-// of them. Shared by the CPU handler and the CUDA kernel; no XLA types.
+// of them. Shared by the CPU handler and the CUDA kernels; no XLA types.
 #pragma once
 
 #include <cstdint>
@@ -9,12 +9,13 @@
 
 namespace jax_dsv4 {
 
-// G groups (any leading dimensions, folded) of B requests each; every group has a pool of its own.
-// An operand of shape [G or 1, ...] is one per group, or one that all groups share.
+// G groups (any leading dimensions, folded) of B requests each; every group has a pool of its own,
+// of one layer or of several. An operand of shape [G or 1, ...] is one per group, or one that all
+// groups share.
 struct DecodeParams {
-  void* kv;                     // [G, num_pages, page_size, S] state, updated in place
-  void* score;                  // [G, num_pages, page_size, S] state, updated in place
-  const void* kv_score;         // [G or 1, B, next_n, 2 S]
+  void* kv;                     // [G, layers, num_pages, page_size, S] state, updated in place
+  void* score;                  // [G, layers, num_pages, page_size, S] state, updated in place
+  const void* new_kv;           // [G or 1, B, next_n, S], rows new_row_size elements apart
   const float* ape;             // [G or 1, R, S]; null: no bias
   const int32_t* kv_tables;     // [G or 1, B, max_pages]
   const int32_t* score_tables;  // [G or 1, B, max_pages]
@@ -25,52 +26,68 @@ struct DecodeParams {
   uint32_t num_groups;  // G
   uint32_t batch;       // B; G B < 2^31
   int32_t next_n;
-  uint32_t rows_per_pool;  // num_pages * page_size
-  int32_t num_windows;     // ceil(next_n / R), the most that one step can complete
+  uint32_t rows_per_group;  // of the state: layers * rows_per_layer
+  int32_t num_windows;      // ceil(next_n / R), the most that one step can complete
   Paging paging;
 
-  // From a group to the next, in requests: B, or 0 where all groups share the operand.
-  uint32_t kv_score_stride, kv_tables_stride, score_tables_stride, kv_lens_stride, q_lens_stride;
+  // From one group to the next, in requests: B, or 0 where all groups share the operand.
+  uint32_t new_kv_stride, kv_tables_stride, score_tables_stride, kv_lens_stride, q_lens_stride;
   uint32_t ape_stride;  // in arrays [R, S]: 1 or 0
+
+  const void* new_score;  // [G or 1, B, next_n, S], rows new_row_size elements apart
+  const int32_t* layer;   // [G or 1]; null: `kv` and `score` are at the layer already
+  uint32_t new_row_size;  // 2 S where a row holds kv and score, else S
+  uint32_t new_score_stride;
+  uint32_t layer_stride;  // 1 or 0
+  uint32_t num_layers;
+  uint32_t rows_per_layer;  // num_pages * page_size
 };
 
 template <class Config>
 struct Request {
   using KvScore = typename Config::KvScore;
 
-  uint32_t pool_row;           // its group's first row in `kv` and `score`
-  const KvScore* kv_score;     // [next_n, 2 S]
+  uint32_t pool_row;           // the first row of its group's layer in `kv` and `score`
+  const KvScore* new_kv;       // [next_n, S], rows new_row_size apart
+  const KvScore* new_score;    // the same
   const float* ape;            // [R, S] or null
   const int32_t* kv_table;     // [max_pages]
   const int32_t* score_table;  // [max_pages]
-  int32_t num_new;             // n: rows of kv_score that are real; 0 for an inactive request
+  int32_t num_new;             // n: new rows that are real; 0 for an inactive request
   int32_t first_position;      // L - n, the position of row 0; negative where n > L
   int32_t first_window;        // the first window that this step completes
   int32_t end_window;          // one past the last; end == first: none
 
   // The row behind a table's entry, or kNowhere if there is no such page. No entry leads outside
   // the pool.
-  JAX_DSV4_HD uint32_t row_of(const Paging& paging, TableEntry entry) const {
+  JAX_DSV4_HD uint32_t row_at(const Paging& paging, TableEntry entry) const {
     return entry.page < paging.num_pages
                ? pool_row + entry.page * paging.page_size.value + entry.slot
                : kNowhere;
   }
   JAX_DSV4_HD uint32_t find_row(const Paging& paging, const int32_t* table,
                                 int32_t position) const {
-    return row_of(paging, look_up(paging, table, position));
+    return row_at(paging, look_up(paging, table, position));
   }
 };
 
 template <class Config>
 JAX_DSV4_HD Request<Config> request_at(const DecodeParams& p, uint32_t group, uint32_t index) {
-  const auto row_of = [&](uint32_t stride) { return group * stride + index; };
+  using KvScore = typename Config::KvScore;
+  const auto index_in = [&](uint32_t stride) { return group * stride + index; };
 
   Request<Config> r;
-  const int32_t length = p.kv_lens[row_of(p.kv_lens_stride)];
+  const int32_t length = p.kv_lens[index_in(p.kv_lens_stride)];
   int32_t n = p.next_n;
   if (p.q_lens != nullptr) {
-    const int32_t q_len = p.q_lens[row_of(p.q_lens_stride)];
+    const int32_t q_len = p.q_lens[index_in(p.q_lens_stride)];
     n = q_len < n ? q_len : n;
+  }
+  r.pool_row = group * p.rows_per_group;
+  if (p.layer != nullptr) {
+    const uint32_t layer = p.layer[group * p.layer_stride];
+    if (layer >= p.num_layers) n = 0;  // a layer that does not exist: nothing is active
+    r.pool_row += layer * p.rows_per_layer;
   }
   const bool active = length > 0 && n > 0;
   r.num_new = active ? n : 0;
@@ -79,16 +96,18 @@ JAX_DSV4_HD Request<Config> request_at(const DecodeParams& p, uint32_t group, ui
   r.first_window = start / Config::kRatio;
   r.end_window = (active ? static_cast<uint32_t>(length) : 0) / Config::kRatio;
 
-  r.pool_row = group * p.rows_per_pool;
-  r.kv_score = static_cast<const typename Config::KvScore*>(p.kv_score) +
-               uint64_t{row_of(p.kv_score_stride)} * static_cast<uint32_t>(p.next_n) *
-                   (2 * Config::kStateDim);
+  const auto rows_in = [&](const void* rows, uint32_t stride) {
+    return static_cast<const KvScore*>(rows) +
+           uint64_t{index_in(stride)} * static_cast<uint32_t>(p.next_n) * p.new_row_size;
+  };
+  r.new_kv = rows_in(p.new_kv, p.new_kv_stride);
+  r.new_score = rows_in(p.new_score, p.new_score_stride);
   r.ape = p.ape;
   if (p.ape != nullptr) {
     r.ape += uint64_t{group * p.ape_stride} * (Config::kRatio * Config::kStateDim);
   }
-  r.kv_table = p.kv_tables + uint64_t{row_of(p.kv_tables_stride)} * p.paging.max_pages;
-  r.score_table = p.score_tables + uint64_t{row_of(p.score_tables_stride)} * p.paging.max_pages;
+  r.kv_table = p.kv_tables + uint64_t{index_in(p.kv_tables_stride)} * p.paging.max_pages;
+  r.score_table = p.score_tables + uint64_t{index_in(p.score_tables_stride)} * p.paging.max_pages;
   return r;
 }
 

@@ -3,14 +3,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <optional>
-#include <utility>
-#include <vector>
 
 #include "config.h"
 #include "decode.h"
+#include "decode_call.h"
 #include "numeric.h"
-#include "operands.h"
+#include "prefix.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_dsv4 {
@@ -23,8 +21,8 @@ void write_rows(const DecodeParams& p, const Request<Config>& r) {
   constexpr int S = Config::kStateDim;
   for (int t = std::max(0, -r.first_position); t < r.num_new; ++t) {
     const int32_t position = r.first_position + t;
-    const auto* kv_in = r.kv_score + int64_t{t} * (2 * S);
-    const auto* score_in = kv_in + S;
+    const auto* kv_in = r.new_kv + int64_t{t} * p.new_row_size;
+    const auto* score_in = r.new_score + int64_t{t} * p.new_row_size;
     const float* ape = r.ape == nullptr ? nullptr : r.ape + (position % Config::kRatio) * S;
     const uint32_t kv_row = r.find_row(p.paging, r.kv_table, position);
     const uint32_t score_row = r.find_row(p.paging, r.score_table, position);
@@ -99,9 +97,9 @@ void decode_raw(const DecodeParams& p, int64_t index) {
   }
 }
 
-// A prefix per channel.
+// Some channels of a row of prefixes.
 template <int kChannels>
-struct Prefixes {
+struct PrefixRow {
   float lse[kChannels];
   float mean[kChannels];
 
@@ -115,7 +113,7 @@ struct Prefixes {
 // holds none.
 template <class Config, int kChannels>
 void read_row(const DecodeParams& p, const Request<Config>& r, int32_t position,
-              Prefixes<kChannels>& out) {
+              PrefixRow<kChannels>& out) {
   constexpr int S = Config::kStateDim;
   const uint32_t kv_row = r.find_row(p.paging, r.kv_table, position);
   const uint32_t score_row = r.find_row(p.paging, r.score_table, position);
@@ -135,8 +133,8 @@ void decode_prefix(const DecodeParams& p, int64_t index) {
   auto* kv_out = static_cast<float*>(p.kv);
   auto* score_out = static_cast<float*>(p.score);
   Out* out = static_cast<Out*>(p.kv_comp) + index * p.num_windows * D;
-  Prefixes<S> open;    // of the window that the last token is in
-  Prefixes<D> before;  // the first half of the window before it, where windows overlap
+  PrefixRow<S> open;    // of the window that the last token is in
+  PrefixRow<D> before;  // the first half of the window before it, where windows overlap
   before.clear();
 
   const int first = std::max(0, -r.first_position);  // row of kv_score
@@ -156,8 +154,8 @@ void decode_prefix(const DecodeParams& p, int64_t index) {
     const uint32_t kv_row = r.find_row(p.paging, r.kv_table, position);
     const uint32_t score_row = r.find_row(p.paging, r.score_table, position);
     if (kv_row != kNowhere && score_row != kNowhere) {
-      const auto* kv = r.kv_score + int64_t{t} * (2 * S);
-      const auto* score = kv + S;
+      const auto* kv = r.new_kv + int64_t{t} * p.new_row_size;
+      const auto* score = r.new_score + int64_t{t} * p.new_row_size;
       const float* ape = r.ape == nullptr ? nullptr : r.ape + (position % R) * S;
       for (int c = 0; c < S; ++c) {
         const float biased = to_f32(score[c]) + (ape == nullptr ? 0.0f : ape[c]);
@@ -209,25 +207,25 @@ ffi::Future ready(ffi::Error error) {
   return future;
 }
 
-ffi::Future decode(ffi::ThreadPool pool, const DecodeCall& call) {
-  std::optional<ffi::Future> future;
-  ffi::Error error = check_and_run(call, [&](auto config, const DecodeParams& p) {
+ffi::Future decode(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::RemainingRets results,
+                   const DecodeAttributes& attributes) {
+  const ffi::ErrorOr<DecodeCall> call = check_decode(operands, results, attributes);
+  if (!call) return ready(call.error());
+  if (call->empty) return ready(ffi::Error::Success());
+  void (*decode_request)(const DecodeParams&, int64_t) = nullptr;
+  visit_config(call->selection, [&](auto config) {
     using C = decltype(config);
-    auto* decode_request = decode_raw<C>;
+    decode_request = decode_raw<C>;
     if constexpr (may_hold(kDTypeOf<typename C::State>, StateFormat::kPrefix)) {
-      if (call.attributes.state_format == StateFormat::kPrefix) decode_request = decode_prefix<C>;
+      if (call->state_format == StateFormat::kPrefix) decode_request = decode_prefix<C>;
     }
-    future = decode_batch(pool, p, decode_request);
-    return ffi::Error::Success();
   });
-  return future ? std::move(*future) : ready(error);
+  return decode_batch(pool, call->params, decode_request);
 }
 
 }  // namespace
 }  // namespace jax_dsv4
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    PagedKvCompressCpu, ([](xla::ffi::ThreadPool pool, auto... call) {
-      return jax_dsv4::decode(pool, jax_dsv4::decode_call(call...));
-    }),
+    PagedKvCompressCpu, jax_dsv4::decode,
     jax_dsv4::bind_decode(xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>()));

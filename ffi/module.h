@@ -1,4 +1,5 @@
-// What both extension modules export: their handler, and the FFI version they were built with.
+// What both extension modules export: their handlers by target name, and the FFI version they were
+// built with.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -9,11 +10,14 @@ namespace jax_dsv4 {
 
 namespace nb = nanobind;
 
-// The same target on both platforms, for one exported program to serve both.
-inline void export_handler(nb::module_& m, XLA_FFI_Handler* handler) {
+inline void export_ffi_version(nb::module_& m) {
   m.attr("FFI_VERSION") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
-  m.attr("TARGET_NAME") = "jax_dsv4_paged_kv_compress";
-  m.def("handler", [handler] { return nb::capsule(reinterpret_cast<void*>(handler)); });
+  m.attr("HANDLERS") = nb::dict();
+}
+
+// The same target on both platforms, for one exported program to serve both.
+inline void export_handler(nb::module_& m, const char* target, XLA_FFI_Handler* handler) {
+  m.attr("HANDLERS")[target] = nb::capsule(reinterpret_cast<void*>(handler));
 }
 
 }  // namespace jax_dsv4

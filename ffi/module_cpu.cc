@@ -1,9 +1,10 @@
-// jax_dsv4._cpu: the CPU handler, and the list of configurations as Python reads it.
+// jax_dsv4._cpu: the CPU handlers, and the list of configurations as Python reads it.
 
 #include <iterator>
 
 #include "config.h"
 #include "module.h"
+#include "tuning.h"
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(PagedKvCompressCpu);
 
@@ -12,12 +13,12 @@ namespace {
 
 const char* name_of(DType dtype) { return dtype == DType::kBF16 ? "bfloat16" : "float32"; }
 
-template <class Shape>
+template <class Kind>
 nb::list geometries_of() {
   nb::list out;
-  visit_any(typename GeometriesOf<Shape::kRatio>::List{}, [&](auto g) {
+  visit_any(typename GeometriesOf<Kind>::List{}, [&](auto g) {
     using G = decltype(g);
-    out.append(nb::make_tuple(G::kWarps, G::kLanes, G::kRowsPerStep, G::kMinCtas, G::kBaseline));
+    out.append(nb::make_tuple(G::kWarps, G::kLanes, G::kRowsInFlight, G::kMinCtas));
     return false;
   });
   return out;
@@ -26,19 +27,20 @@ nb::list geometries_of() {
 }  // namespace
 
 NB_MODULE(_cpu, m) {
-  export_handler(m, &PagedKvCompressCpu);
+  export_ffi_version(m);
+  export_handler(m, "jax_dsv4_paged_kv_compress", &PagedKvCompressCpu);
 
-  nb::list shapes, dtypes;
-  visit_any(Shapes{}, [&](auto s) {
-    using S = decltype(s);
-    shapes.append(nb::make_tuple(S::kHeadDim, S::kRatio, S::kOverlap, geometries_of<S>()));
+  nb::list kinds, dtypes;
+  visit_any(Kinds{}, [&](auto kind) {
+    using K = decltype(kind);
+    kinds.append(nb::make_tuple(K::kHeadDim, K::kRatio, K::kOverlap, geometries_of<K>()));
     return false;
   });
-  visit_any(DTypesList{}, [&](auto t) {
-    using T = decltype(t);
-    dtypes.append(nb::make_tuple(name_of(kDTypeOf<typename T::KvScore>),
-                                 name_of(kDTypeOf<typename T::State>),
-                                 name_of(kDTypeOf<typename T::Out>)));
+  visit_any(DTypesList{}, [&](auto types) {
+    using Types = decltype(types);
+    dtypes.append(nb::make_tuple(name_of(kDTypeOf<typename Types::KvScore>),
+                                 name_of(kDTypeOf<typename Types::State>),
+                                 name_of(kDTypeOf<typename Types::Out>)));
     return false;
   });
   nb::list formats;
@@ -50,7 +52,7 @@ NB_MODULE(_cpu, m) {
     formats.append(nb::make_tuple(kStateFormatNames[i], states));
   }
   m.attr("STATE_FORMATS") = formats;  // (name, dtypes of the state), by value of the attribute
-  m.attr("SHAPES") = shapes;          // (head_dim, compress_ratio, overlap, geometries)
+  m.attr("KINDS") = kinds;            // (head_dim, compress_ratio, overlap, geometries)
   m.attr("DTYPES") = dtypes;          // (kv_score, state, kv_comp)
 }
 

@@ -1,7 +1,10 @@
-// jax_dsv4._cuda: the CUDA handler.
+// jax_dsv4._cuda: the CUDA handlers.
 
 #include "module.h"
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(PagedKvCompressCuda);
 
-NB_MODULE(_cuda, m) { jax_dsv4::export_handler(m, &PagedKvCompressCuda); }
+NB_MODULE(_cuda, m) {
+  jax_dsv4::export_ffi_version(m);
+  jax_dsv4::export_handler(m, "jax_dsv4_paged_kv_compress", &PagedKvCompressCuda);
+}

@@ -1,5 +1,6 @@
 """DeepSeek-V4's paged KV compressor for JAX."""
 
+import importlib.metadata
 import importlib.util
 
 if importlib.util.find_spec("jax_dsv4._cpu") is None:
@@ -9,27 +10,29 @@ if importlib.util.find_spec("jax_dsv4._cpu") is None:
         "`pip install .`; run it from another folder, or install with `pip install -e .`"
     )
 
-from jax_dsv4._ffi import EXPORT_DISABLED_CHECKS
+from jax_dsv4._op import EXPORT_DISABLED_CHECKS
 from jax_dsv4.decode import paged_kv_compress, raw_to_prefix
-from jax_dsv4.state import (
-    STATE_FORMATS,
-    CompressorState,
-    init_state,
-    layer_tables,
-    live_pages,
-    num_compressed,
-    pages_needed,
-)
+from jax_dsv4.pages import OutOfPages, PagePool, SlotTables, live_pages, pages_needed, slot_tables
+from jax_dsv4.state import STATE_FORMATS, CompressorState, init_state
+from jax_dsv4.windows import CompletedWindows, completed_windows, num_compressed
+
+__version__ = importlib.metadata.version("jax_dsv4")
 
 __all__ = [
     "EXPORT_DISABLED_CHECKS",
     "STATE_FORMATS",
+    "CompletedWindows",
     "CompressorState",
+    "OutOfPages",
+    "PagePool",
+    "SlotTables",
+    "__version__",
+    "completed_windows",
     "init_state",
-    "layer_tables",
     "live_pages",
     "num_compressed",
     "paged_kv_compress",
     "pages_needed",
     "raw_to_prefix",
+    "slot_tables",
 ]

@@ -1,9 +1,7 @@
 from typing import Any
 
 FFI_VERSION: tuple[int, int]
-SHAPES: list[tuple[int, int, bool, list[tuple[int, int, int, bool, bool]]]]
+HANDLERS: dict[str, Any]
+KINDS: list[tuple[int, int, bool, list[tuple[int, int, int, int]]]]
 STATE_FORMATS: list[tuple[str, list[str]]]
 DTYPES: list[tuple[str, str, str]]
-TARGET_NAME: str
-
-def handler() -> Any: ...

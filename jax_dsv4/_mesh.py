@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,14 @@ from jax import Array
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+if TYPE_CHECKING:
+    from jax_dsv4._op import Operation
+
 Call = Callable[..., tuple[Array, ...]]
 
 
 def _specs(groups: Sequence[Any], full: tuple[int, ...], shapes: Sequence[tuple[int, ...]]):
-    """Of arrays of these shapes, split like the state, whose group dimensions are ``full``.
+    """Of arrays of these shapes, split over ``groups`` in their group dimensions, ``full``.
 
     What the groups share has size 1 there, and goes to every device.
     """
@@ -34,28 +37,29 @@ def _specs(groups: Sequence[Any], full: tuple[int, ...], shapes: Sequence[tuple[
         yield PartitionSpec(*groups) if is_split else PartitionSpec()
 
 
-def _split_explicit(call: Call, names: Sequence[str], num_groups: int, operands: Sequence[Array]):
-    state = jax.typeof(operands[0])
-    groups, full = tuple(state.sharding.spec)[:num_groups], state.shape[:num_groups]
+def _split_explicit(call: Call, operation: Operation, operands: Sequence[Array]):
+    num_groups, first = operation.num_groups(operands), operation.groups_index
+    of_groups = jax.typeof(operands[first])
+    groups, full = tuple(of_groups.sharding.spec)[:num_groups], of_groups.shape[:num_groups]
     specs = list(_specs(groups, full, [x.shape for x in operands]))
-    for name, x, want in zip(names, operands, specs, strict=True):
+    for name, x, want in zip(operation.names, operands, specs, strict=True):
         got = tuple(jax.typeof(x).sharding.spec)
         wanted = (*want, *(None,) * (x.ndim - len(want)))
         if any(g is not None and g != w for g, w in zip(got, wanted, strict=True)):
             raise ValueError(
-                f"{name}: expected no sharding but that of the state's leading group dimensions, "
-                f"{PartitionSpec(*wanted)}, got {PartitionSpec(*got)}. Pages, rows and channels "
-                "cannot be sharded: give each device a group with a pool of its own (jax.vmap), "
-                "or reshard"
+                f"{name}: expected no sharding but that of the leading group dimensions of "
+                f"{operation.groups}, {PartitionSpec(*wanted)}, got {PartitionSpec(*got)}. Layers, "
+                "pages, rows and channels cannot be sharded: give each device a group with a pool "
+                "of its own (jax.vmap), or reshard"
             )
     results = jax.eval_shape(call, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands))
-    mesh = state.sharding.mesh
+    mesh = of_groups.sharding.mesh
     # An empty operand of shard_map crashes XLA's compiler for GPUs (jax 0.11.2): made inside.
-    passed = [i for i, x in enumerate(operands) if i == 0 or x.size]
+    passed = [i for i, x in enumerate(operands) if i == first or x.size]
 
     def local(*arrays):
-        local_groups = arrays[0].shape[:num_groups]
         given = dict(zip(passed, arrays, strict=True))
+        local_groups = given[first].shape[:num_groups]
         for i in set(range(len(operands))) - set(passed):
             own = local_groups if specs[i] else operands[i].shape[:num_groups]
             given[i] = jnp.zeros((*own, *operands[i].shape[num_groups:]), operands[i].dtype)
@@ -69,9 +73,9 @@ def _split_explicit(call: Call, names: Sequence[str], num_groups: int, operands:
     )(*(jax.sharding.reshard(operands[i], NamedSharding(mesh, specs[i])) for i in passed))
 
 
-def _auto_split(call: Call, num_groups: int) -> Call:
+def _auto_split(call: Call, of_groups: int, num_groups: int) -> Call:
     def rule(mesh, operands, results):
-        full, others = operands[0].shape[:num_groups], []
+        full, others = operands[of_groups].shape[:num_groups], []
 
         def factors(x):
             for axis, size in enumerate(x.shape):
@@ -85,7 +89,7 @@ def _auto_split(call: Call, num_groups: int) -> Call:
         return " -> ".join(sides), {"need_replication_factors": tuple(others)}
 
     def partition(mesh, operands, results):
-        full, sharding = operands[0].shape[:num_groups], results[0].sharding
+        full, sharding = operands[of_groups].shape[:num_groups], results[0].sharding
         spec = sharding.spec if isinstance(sharding, NamedSharding) else ()  # not on this mesh
         groups = [*spec, *(None,) * num_groups][:num_groups]
 
@@ -100,25 +104,25 @@ def _auto_split(call: Call, num_groups: int) -> Call:
     return split
 
 
-@functools.cache
-def over_groups(call: Call, names: tuple[str, ...], state_rank: int) -> Call:
+def over_groups(call: Call, operation: Operation) -> Call:
     """``call``, with its group dimensions over whatever mesh there is.
 
-    The first operand, of rank ``state_rank`` without its group dimensions, and the first result
-    have the group dimensions in front; the other operands have them, or as many ones.
+    The operation's ``groups`` and every result have the group dimensions in front; the other
+    operands have them, or as many ones.
     """
-    auto_split = functools.cache(functools.partial(_auto_split, call))
+    of_groups = operation.groups_index
+    auto_split = functools.cache(functools.partial(_auto_split, call, of_groups))
 
     def on_mesh(*operands):
-        num_groups = operands[0].ndim - state_rank
-        mesh = jax.typeof(operands[0]).sharding.mesh
+        num_groups = operation.num_groups(operands)
+        mesh = jax.typeof(operands[of_groups]).sharding.mesh
         if mesh.empty:
             mesh = jax.sharding.get_abstract_mesh()
         types = () if mesh.empty else mesh.axis_types
         if AxisType.Manual in types or not types:
             return call(*operands)
         if AxisType.Explicit in types:
-            return _split_explicit(call, names, num_groups, operands)
+            return _split_explicit(call, operation, operands)
         return auto_split(num_groups)(*operands) if num_groups else call(*operands)
 
     return on_mesh

@@ -1,100 +1,167 @@
-"""The decode operation, public side: documentation, checks, operands."""
+"""The decode operation, public side: documentation, checks, and the record of what it is."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_dsv4 import _config, _ffi, reference
-from jax_dsv4.state import CompressorState
-
-IMPLEMENTATIONS = (None, "ffi", "xla")
-_FLOATS, _I32 = ("bfloat16", "float32"), ("int32",)
-
-
-def _array(name: str, x: Any, dtypes: tuple[str, ...], *shape: int | str) -> Array:
-    """``x`` as an array of one of ``dtypes`` and this shape; a string: a dimension of any size."""
-    try:
-        array = x if hasattr(x, "dtype") and hasattr(x, "shape") else jnp.asarray(x)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name}: expected an array, got {type(x).__name__}") from error
-    # Before jnp.asarray, which makes 32 bits of NumPy's 64.
-    if array.dtype.name not in dtypes:
-        raise TypeError(f"{name}: expected {' or '.join(dtypes)}, got {array.dtype.name}")
-    fits = len(array.shape) == len(shape) and all(
-        isinstance(want, str) or got == want for got, want in zip(array.shape, shape, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join(str(want) for want in shape)
-        raise ValueError(f"{name}: expected shape [{wanted}], got {list(array.shape)}")
-    return jnp.asarray(array)
+from jax_dsv4 import _check, _config, _ffi, _op
+from jax_dsv4._op import Operand
+from jax_dsv4.reference import decode as reference
+from jax_dsv4.reference import paging
+from jax_dsv4.state import CompressorState, check_state
 
 
-def _check_state(state: Any) -> None:
-    if not isinstance(state, CompressorState):
-        raise TypeError(f"state: expected a CompressorState, got {type(state).__name__}")
-    _config.check_format("state.format", state.format)
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """The static side of a call."""
+
+    compress_ratio: int
+    overlap: bool
+    state_format: str
+    out_dtype: str
+    layer: int = -1  # of the state, where it is known when traced; -1: none, or the operand's
+
+    def head_dim(self, state_dim: int) -> int:
+        return state_dim // 2 if self.overlap else state_dim
 
 
-def _pools(state: CompressorState, overlap: bool) -> tuple[Array, Array]:
-    """The state's kv and score, of the dtypes and shapes that its format and windows allow."""
-    kv = _array("state.kv", state.kv, _FLOATS, "num_pages", "page_size", "S")
-    _config.check_state_dtype("state.kv", state.format, kv.dtype)
-    score = _array("state.score", state.score, (kv.dtype.name,), *kv.shape)
-    _, page_size, state_dim = kv.shape
-    if page_size < 1:
-        raise ValueError("state: expected a page_size of at least 1, got 0")
-    if state_dim < 1 or (overlap and state_dim % 2):
-        raise ValueError(
-            f"state: expected S = 2 D of overlapping windows, or S = D, got {state_dim}"
-        )
-    return kv, score
+def _results(options: _Options, kv_score, new_score, ape, kv, *rest):
+    batch, next_n, _ = kv_score.shape
+    num_windows = -(-next_n // options.compress_ratio)
+    return [((batch, num_windows, options.head_dim(kv.shape[-1])), jnp.dtype(options.out_dtype))]
+
+
+def _attributes(options: _Options, kv_score, new_score, ape, kv, *rest):
+    return {
+        "compress_ratio": options.compress_ratio,
+        "overlap": options.overlap,
+        "next_n": int(kv_score.shape[1]),
+        "layer": options.layer,
+        "kv_score_dtype": _config.DATA_TYPE[kv_score.dtype],
+        "state_format": np.uint8(_config.STATE_FORMATS.index(options.state_format)),
+        "state_dtype": _config.DATA_TYPE[kv.dtype],
+        "out_dtype": _config.DATA_TYPE[jnp.dtype(options.out_dtype)],
+    }
+
+
+def _reference(*operands: Array, layer: int, **options: Any) -> tuple[Array, ...]:
+    if layer >= 0:
+        operands = (*operands[:-1], jnp.full(1, layer, jnp.int32))
+    return reference.paged_kv_compress(*operands, **options)
+
+
+# Operands that a call does not have are empty: new_score, where kv_score holds the scores, too;
+# ape; q_lens; and layer.
+DECODE = _op.Operation(
+    name="paged_kv_compress",
+    target="jax_dsv4_paged_kv_compress",
+    operands=(
+        Operand("kv_score", 3),
+        Operand("kv_score[1]", 3),
+        Operand("ape", 2),
+        Operand("state.kv", 3, written=True),
+        Operand("state.score", 3, written=True),
+        Operand("kv_tables", 2),
+        Operand("score_tables", 2),
+        Operand("kv_lens", 1),
+        Operand("q_lens", 1),
+        Operand("layer", 1),
+    ),
+    groups="state.kv",
+    results=_results,
+    attributes=_attributes,
+    reference=_reference,
+)
+_WITH_LAYERS = DECODE.with_layers()
+
+
+def _new_rows(kv_score: Any, state_dim: int) -> tuple[Array, Array]:
+    """``kv_score``, and an empty array; or kv and score apart."""
+    floats, S = _check.FLOATS, state_dim
+    if not isinstance(kv_score, tuple):
+        rows = _check.array("kv_score", kv_score, floats, "B", "next_n", 2 * S)
+        apart = jnp.zeros((0, 0, 0), rows.dtype)
+    elif len(kv_score) != 2:
+        raise ValueError(f"kv_score: expected a pair (kv, score), got {len(kv_score)} arrays")
+    else:
+        rows = _check.array("kv_score[0]", kv_score[0], floats, "B", "next_n", S)
+        apart = _check.array("kv_score[1]", kv_score[1], (rows.dtype.name,), *rows.shape)
+    if rows.shape[1] < 1:
+        raise ValueError("kv_score: expected a next_n of at least 1, got 0")
+    return rows, apart
 
 
 def _tables(block_tables: Any, batch: int) -> tuple[Array, Array]:
     """Those of kv and of score."""
     if not isinstance(block_tables, tuple):
-        table = _array("block_tables", block_tables, _I32, batch, "max_pages")
+        table = _check.array("block_tables", block_tables, _check.I32, batch, "max_pages")
         return table, table
     if len(block_tables) != 2:
         raise ValueError(f"block_tables: expected a pair, got {len(block_tables)} arrays")
-    kv_tables = _array("block_tables[0]", block_tables[0], _I32, batch, "max_pages")
-    return kv_tables, _array("block_tables[1]", block_tables[1], _I32, *kv_tables.shape)
+    kv_tables = _check.array("block_tables[0]", block_tables[0], _check.I32, batch, "max_pages")
+    score_tables = _check.array("block_tables[1]", block_tables[1], _check.I32, *kv_tables.shape)
+    return kv_tables, score_tables
+
+
+def _layer(layer: Any, num_layers: int) -> tuple[int, Array]:
+    """(index, [0]) of a layer that is known; (-1, [1]) of one that is on the device.
+
+    A Python index out of range goes to the device, too: it reaches nothing.
+    """
+    if layer is None:
+        return -1, jnp.zeros(0, jnp.int32)
+    if isinstance(layer, jax.Array):
+        return -1, _check.array("layer", layer, _check.I32).reshape(1)
+    index = _check.integer("layer", layer, -(2**31))
+    if 0 <= index < num_layers:
+        return index, jnp.zeros(0, jnp.int32)
+    return -1, jnp.full(1, -1, jnp.int32)
 
 
 def paged_kv_compress(
-    kv_score: ArrayLike,
+    kv_score: ArrayLike | tuple[ArrayLike, ArrayLike],
     ape: ArrayLike | None,
     state: CompressorState,
     block_tables: ArrayLike | tuple[ArrayLike, ArrayLike],
     kv_lens: ArrayLike,
     *,
     compress_ratio: int,
+    overlap: bool | None = None,
+    layer: int | ArrayLike | None = None,
     q_lens: ArrayLike | None = None,
     out_dtype: DTypeLike = jnp.bfloat16,
-    implementation: str | None = None,
+    implementation: str | _op.Kernel | None = None,
 ) -> tuple[Array, CompressorState]:
     """One decode step of DeepSeek-V4's KV compressor on a paged state.
 
     Stores the new tokens' rows and, for each window of ``compress_ratio`` tokens that they
     complete, computes its compressed value: per channel, a softmax over the window's stored scores
     times its stored kv. With B requests, R = ``compress_ratio``, D channels per compressed value
-    and S = 2 D where windows overlap (R = 4), D where they do not (R = 128):
+    and S = 2 D where windows overlap, D where they do not:
 
     Args:
       kv_score: ``[B, next_n, 2 S]`` bf16 or f32, the new tokens' projections, kv then score.
-        ``next_n`` is the static number of rows a step brings per request, at least 1.
+        ``next_n`` is the static number of rows a step brings per request, at least 1. Or a pair
+        ``(kv, score)`` of ``[B, next_n, S]`` each, taken as they are, without a copy.
       ape: ``[R, S]`` f32, bias added to the scores by position inside the window, or ``None``.
       state: ``CompressorState`` of two ``[num_pages, page_size, S]`` arrays, bf16 or f32; in format
         ``"prefix"`` f32. Donate it (``jax.jit(..., donate_argnums=...)``) and it is updated in
-        place, without a copy.
+        place, without a copy. With ``layer``, of two ``[layers, num_pages, page_size, S]``.
       block_tables: ``[B, max_pages]`` i32, the page of each logical page of each request; or a pair
         ``(kv_tables, score_tables)``, one for each array of the state.
       kv_lens: ``[B]`` i32, sequence lengths including the new tokens; 0 or less: inactive slot.
-      compress_ratio: R, 4 (overlapping windows) or 128.
+      compress_ratio: R, static.
+      overlap: whether windows overlap, static; ``None``: those of ratio 4 do, others do not.
+      layer: which layer of the state the call works on, in place, with page ids local to it: an
+        integer, or a scalar i32 on the device (the index of a ``scan``). One that does not exist
+        reaches nothing, and gives zeros.
       q_lens: ``[B]`` i32, how many rows of ``kv_score`` are real, left-aligned; clamped to
         0...next_n; default all. 0: inactive slot.
       out_dtype: of ``kv_comp``, bf16 or f32.
@@ -104,7 +171,8 @@ def paged_kv_compress(
     Returns:
       ``(kv_comp, state)``. ``kv_comp`` is ``[B, ceil(next_n / R), D]``: the values of the windows
       completed in this step, oldest first; rows that hold none are zero (``num_compressed`` counts
-      them). ``state`` has the shapes and dtypes of the operand.
+      them, ``completed_windows`` says which they are). ``state`` has the shapes and dtypes of the
+      operand.
 
     Raises:
       ValueError, TypeError: at trace time, for a wrong shape or attribute, or a wrong dtype; the
@@ -144,68 +212,36 @@ def paged_kv_compress(
     The method is that of DeepSeek-V4's compressor, in the paged form that TensorRT-LLM serves
     (``pagedKvCompressKernel``).
     """
-    return with_geometry(
-        kv_score,
-        ape,
-        state,
-        block_tables,
-        kv_lens,
-        compress_ratio=compress_ratio,
-        q_lens=q_lens,
-        out_dtype=out_dtype,
-        implementation=implementation,
-    )
-
-
-def with_geometry(
-    kv_score: ArrayLike,
-    ape: ArrayLike | None,
-    state: CompressorState,
-    block_tables: ArrayLike | tuple[ArrayLike, ArrayLike],
-    kv_lens: ArrayLike,
-    *,
-    compress_ratio: int,
-    q_lens: ArrayLike | None = None,
-    out_dtype: DTypeLike = jnp.bfloat16,
-    implementation: str | None = None,
-    geometry: int = _ffi.AUTO_GEOMETRY,
-) -> tuple[Array, CompressorState]:
-    """``paged_kv_compress``; benchmarks and tests also name one of the CUDA geometries."""
-    _check_state(state)
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation: expected one of {IMPLEMENTATIONS}, got {implementation!r}"
-        )
-    overlap = _config.overlaps(compress_ratio)
-    _config.check_float("out_dtype", out_dtype)
-
-    kv, score = _pools(state, overlap)
+    ratio, overlap = _check.ratio_and_overlap(compress_ratio, overlap)
+    if not isinstance(implementation, _op.Kernel):
+        _check.choice("implementation", implementation, _check.IMPLEMENTATIONS)
+    out_dtype = _check.floating("out_dtype", out_dtype)
+    kv, score = check_state(state, overlap=overlap, layers=layer is not None)
     state_dim = kv.shape[-1]
-    kv_score = _array("kv_score", kv_score, _FLOATS, "B", "next_n", 2 * state_dim)
-    batch, next_n, _ = kv_score.shape
-    if next_n < 1:
-        raise ValueError("kv_score: expected a next_n of at least 1, got 0")
-    if ape is not None:
-        ape = _array("ape", ape, ("float32",), compress_ratio, state_dim)
-    kv_tables, score_tables = _tables(block_tables, batch)
-    kv_lens = _array("kv_lens", kv_lens, _I32, batch)
-    if q_lens is not None:
-        q_lens = _array("q_lens", q_lens, _I32, batch)
-
-    out_dtype = jnp.dtype(out_dtype)
+    index, layer_operand = _layer(layer, kv.shape[0])
+    options = _Options(ratio, overlap, state.format, out_dtype, index)
+    new_rows = _new_rows(kv_score, state_dim)
     if implementation != "xla":
-        head_dim = state_dim // 2 if overlap else state_dim
-        names = _config.DTypes(kv_score.dtype.name, kv.dtype.name, out_dtype.name)
-        _config.check_compiled(head_dim, compress_ratio, names)
+        kind = _config.Kind(options.head_dim(state_dim), ratio, overlap)
+        dtypes = _config.DTypes(new_rows[0].dtype.name, kv.dtype.name, out_dtype)
+        _config.check_compiled(kind, dtypes)
         _ffi.check_available(implementation)
-    static = _ffi.Decode(compress_ratio, overlap, state.format, out_dtype, implementation, geometry)
-    # The custom call takes an empty array for none.
-    ape = jnp.zeros((0, state_dim), jnp.float32) if ape is None else ape
-    q_lens = jnp.zeros((0,), jnp.int32) if q_lens is None else q_lens
-    new_kv, new_score, kv_comp = _ffi.decode(static)(
-        kv, score, kv_score, ape, kv_tables, score_tables, kv_lens, q_lens
+    batch = new_rows[0].shape[0]
+    if ape is None:
+        ape = jnp.zeros((0, state_dim), jnp.float32)
+    else:
+        ape = _check.array("ape", ape, ("float32",), ratio, state_dim)
+    tables = _tables(block_tables, batch)
+    kv_lens = _check.array("kv_lens", kv_lens, _check.I32, batch)
+    if q_lens is None:
+        q_lens = jnp.zeros(0, jnp.int32)
+    else:
+        q_lens = _check.array("q_lens", q_lens, _check.I32, batch)
+    operation = DECODE if layer is None else _WITH_LAYERS
+    kv_comp, kv, score = _op.bind(operation, options, implementation)(
+        *new_rows, ape, kv, score, *tables, kv_lens, q_lens, layer_operand
     )
-    return kv_comp, CompressorState(new_kv, new_score, state.format)
+    return kv_comp, CompressorState(kv, score, state.format)
 
 
 def raw_to_prefix(
@@ -214,6 +250,7 @@ def raw_to_prefix(
     kv_lens: ArrayLike,
     *,
     compress_ratio: int,
+    overlap: bool | None = None,
     implementation: str | None = None,
 ) -> CompressorState:
     """A raw state in format ``"prefix"``, on the device: for decoding to go on in that format.
@@ -224,11 +261,13 @@ def raw_to_prefix(
     one more request.
 
     Args:
-      state: in format ``"raw"``, bf16 or f32; shapes as in ``paged_kv_compress``.
+      state: in format ``"raw"``, bf16 or f32; shapes as in ``paged_kv_compress``. Of a state of
+        layers, every layer is converted, by the same tables.
       block_tables: ``[B, max_pages]`` i32, or a pair, as there.
       kv_lens: ``[B]`` i32, the rows written that count. A later step may begin there, or anywhere
         else in the open window, ``kv_lens // R * R`` and up; 0 or less: inactive slot.
       compress_ratio: R.
+      overlap: as in ``paged_kv_compress``.
       implementation: as in ``paged_kv_compress``, which does the work.
 
     Returns:
@@ -241,29 +280,47 @@ def raw_to_prefix(
 
     It needs room for the converted rows twice, ``[B, R, 2 S]`` f32 (2 R where windows overlap).
     """
-    _check_state(state)
+    ratio, overlap = _check.ratio_and_overlap(compress_ratio, overlap)
+    has_layers = isinstance(state, CompressorState) and getattr(state.kv, "ndim", 3) == 4
+    kv, score = check_state(state, overlap=overlap, layers=has_layers)
     if state.format != "raw":
         raise ValueError(
             f"state.format: expected 'raw', got {state.format!r}; rows are not to be had back "
             "from a state that holds their prefixes"
         )
-    overlap = _config.overlaps(compress_ratio)
-    kv, score = _pools(state, overlap)
-    kv_lens = _array("kv_lens", kv_lens, _I32, "B")
+    kv_lens = _check.array("kv_lens", kv_lens, _check.I32, "B")
     tables = _tables(block_tables, kv_lens.shape[0])
-    first = jnp.maximum(kv_lens // compress_ratio - overlap, 0) * compress_ratio
-    positions = first[:, None] + jnp.arange((1 + overlap) * compress_ratio - 1)
-    # From the start of a window, and of scores that have their bias: the rows as a step's new ones.
-    rows = [reference.read_rows(*x, positions) for x in zip((kv, score), tables, strict=True)]
-    _, prefixes = paged_kv_compress(
-        jnp.concatenate(rows, axis=-1).astype(jnp.float32),
-        None,
-        CompressorState(kv.astype(jnp.float32), score.astype(jnp.float32), "prefix"),
-        tables,
-        kv_lens,
-        compress_ratio=compress_ratio,
-        q_lens=kv_lens - first,
-        out_dtype=jnp.float32,
-        implementation=implementation,
-    )
-    return prefixes
+    first = jnp.maximum(kv_lens // ratio - int(overlap), 0) * ratio
+    positions = first[:, None] + jnp.arange((1 + overlap) * ratio - 1, dtype=jnp.int32)
+
+    def rows_of(pool: Array, tables: Array, layer: Array) -> Array:
+        pages, at = paging.pool_of(pool, layer)
+        if 0 in (pages.size, tables.size):
+            return jnp.zeros((*positions.shape, pool.shape[-1]), jnp.float32)
+        rows = pages.at[at.find_rows(tables, positions)].get(mode="fill", fill_value=0)
+        return rows.astype(jnp.float32)
+
+    def convert(layer: Array | None, prefixes: CompressorState) -> CompressorState:
+        # From the start of a window, and of scores that have their bias: rows as a step's new ones.
+        at = jnp.zeros(0, jnp.int32) if layer is None else layer[None]
+        rows = (rows_of(kv, tables[0], at), rows_of(score, tables[1], at))
+        _, prefixes = paged_kv_compress(
+            rows,
+            None,
+            prefixes,
+            tables,
+            kv_lens,
+            compress_ratio=ratio,
+            overlap=overlap,
+            layer=layer,
+            q_lens=kv_lens - first,
+            out_dtype=jnp.float32,
+            implementation=implementation,
+        )
+        return prefixes
+
+    prefixes = CompressorState(kv.astype(jnp.float32), score.astype(jnp.float32), "prefix")
+    if not has_layers:
+        return convert(None, prefixes)
+    bounds = jnp.int32(0), jnp.int32(kv.shape[0])
+    return jax.lax.fori_loop(*bounds, convert, prefixes)

@@ -7,13 +7,14 @@ about the operands. Cases that differ in regime only share their shapes, hence a
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import zlib
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
-from jax_dsv4._config import DTYPES, SHAPES, DTypes, Geometry, overlaps
+from jax_dsv4._config import DTYPES, KINDS, DTypes, Geometry, Kind
 
 INT32_MIN, INT32_MAX = np.iinfo(np.int32).min, np.iinfo(np.int32).max
 
@@ -30,14 +31,19 @@ class Case:
     max_len: int = 0  # the tables hold at least so many rows
     name: str = ""
     state_format: str = "raw"
+    overlap: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.overlap is None:  # the ratio's
+            object.__setattr__(self, "overlap", self.ratio == 4)
 
     @property
-    def overlap(self) -> bool:
-        return overlaps(self.ratio)
+    def kind(self) -> Kind:
+        return Kind(self.head_dim, self.ratio, bool(self.overlap))
 
     @property
     def state_dim(self) -> int:
-        return self.head_dim * (2 if self.overlap else 1)
+        return self.kind.state_dim
 
     @property
     def num_windows(self) -> int:
@@ -61,7 +67,8 @@ class Case:
         dtypes = ".".join({"bfloat16": "bf16", "float32": "f32"}[dtype] for dtype in self.dtypes)
         sizes = f"batch{self.batch}-page{self.page_size}"
         name = self.name or (
-            f"hd{self.head_dim}-R{self.ratio}-n{self.next_n}-{dtypes}-{sizes}-{self.regime}"
+            f"hd{self.head_dim}-R{self.ratio}{'' if self.overlap == (self.ratio == 4) else 'other'}"
+            f"-n{self.next_n}-{dtypes}-{sizes}-{self.regime}"
         )
         return name if self.state_format == "raw" else f"{name}-{self.state_format}"
 
@@ -263,7 +270,18 @@ REGIMES: dict[str, Callable[[Case, Operands], None]] = {
 
 BF16_IN_F32_STATE = DTypes("bfloat16", "float32", "float32")
 F32_IN_BF16_STATE = DTypes("float32", "bfloat16", "float32")
-SMALL_SHAPES = tuple(shape for shape in SHAPES if shape.head_dim == 128)
+# Of each ratio and overlap the smallest head_dim: for what does not depend on it.
+SMALL_KINDS = tuple(
+    min(kind for kind in KINDS if kind[1:] == windows)
+    for windows in dict.fromkeys(kind[1:] for kind in KINDS)
+)
+
+
+def case_of(kind: Kind, next_n: int, dtypes: DTypes, regime: str = "boundaries", **sizes) -> Case:
+    return Case(
+        kind.head_dim, kind.compress_ratio, next_n, dtypes, regime, overlap=kind.overlap, **sizes
+    )
+
 
 MTP = (
     Case(128, 4, 4, BF16_IN_F32_STATE, name="overlap hd128 next_n 4"),
@@ -271,60 +289,47 @@ MTP = (
     Case(128, 128, 4, BF16_IN_F32_STATE, batch=2, name="hd128 R 128, batch 2, next_n 4"),
     Case(512, 128, 4, BF16_IN_F32_STATE, name="hd512 R 128, next_n 4"),
 )
-CONFIGURATIONS = tuple(
-    Case(shape.head_dim, shape.compress_ratio, 2, dtypes) for shape in SHAPES for dtypes in DTYPES
-)
+CONFIGURATIONS = tuple(case_of(kind, 2, dtypes) for kind in KINDS for dtypes in DTYPES)
 NEXT_N = tuple(
-    Case(shape.head_dim, shape.compress_ratio, next_n, BF16_IN_F32_STATE)
-    for shape in SMALL_SHAPES
+    case_of(kind, next_n, BF16_IN_F32_STATE)
+    for kind in SMALL_KINDS
     for next_n in (1, 2, 3, 4, 5, 6, 7, 8, 11, 129)
 )
 PAGE_SIZES = tuple(
-    Case(shape.head_dim, shape.compress_ratio, 3, F32_IN_BF16_STATE, page_size=page_size)
-    for shape in SMALL_SHAPES
+    case_of(kind, 3, F32_IN_BF16_STATE, page_size=page_size)
+    for kind in SMALL_KINDS
     for page_size in (1, 4, 8, 32, 100, 128, 256)
 )
 IN_REGIMES = tuple(
-    Case(
-        shape.head_dim,
-        shape.compress_ratio,
-        shape.compress_ratio + 5 if regime == "short" else 4,
-        F32_IN_BF16_STATE if shape.head_dim == 128 else BF16_IN_F32_STATE,
+    case_of(
+        kind,
+        kind.compress_ratio + 5 if regime == "short" else 4,
+        F32_IN_BF16_STATE if kind.head_dim == 128 else BF16_IN_F32_STATE,
         regime,
     )
-    for shape in SHAPES
+    for kind in KINDS
     for regime in REGIMES
     if regime != "long_table"
 )
 LONG_TABLES = tuple(
-    Case(
-        shape.head_dim,
-        shape.compress_ratio,
+    case_of(
+        kind,
         4,
         BF16_IN_F32_STATE,
         "long_table",
         page_size=1,
         max_len=max_len,
-        name=f"hd128 R {shape.compress_ratio}, a table of {max_len}",
+        name=f"hd{kind.head_dim} R {kind.compress_ratio}, a table of {max_len}",
     )
-    for shape in SMALL_SHAPES
+    for kind in SMALL_KINDS
     for max_len in (512, 700)
 )
 RANDOM = tuple(  # sizes for operands that are drawn
-    Case(shape.head_dim, shape.compress_ratio, 3, BF16_IN_F32_STATE, batch=3, page_size=page_size)
-    for shape, page_size in zip(SMALL_SHAPES, (3, 50), strict=True)
+    case_of(kind, 3, BF16_IN_F32_STATE, batch=3, page_size=page_size)
+    for kind, page_size in zip(SMALL_KINDS, itertools.cycle((3, 50)), strict=False)
 )
 REWIND = tuple(  # sizes for runs of many steps
-    Case(
-        shape.head_dim,
-        shape.compress_ratio,
-        4,
-        BF16_IN_F32_STATE,
-        batch=4,
-        page_size=12,
-        max_len=100,
-    )
-    for shape in SMALL_SHAPES
+    case_of(kind, 4, BF16_IN_F32_STATE, batch=4, page_size=12, max_len=100) for kind in SMALL_KINDS
 )
 MAPPED = Case(128, 4, 3, F32_IN_BF16_STATE, "ragged", 3)
 MAPPED_BARE = Case(128, 4, 3, F32_IN_BF16_STATE, "no_ape", 3)
@@ -335,7 +340,7 @@ def _on_pages_of(geometry: Geometry, case: Case) -> Case:
     """The case, with a page size that the geometry can serve: a lane's rows are on one page."""
     reduced_rows = case.ratio * (1 + case.overlap)
     rows_per_lane = reduced_rows * geometry.lanes // (32 * geometry.warps)
-    if geometry.baseline or case.page_size % rows_per_lane == 0:
+    if case.page_size % rows_per_lane == 0:
         return case
     return dataclasses.replace(case, page_size=rows_per_lane)
 
@@ -345,21 +350,14 @@ _HARD = [*CONFIGURATIONS, *(c for c in IN_REGIMES if c.regime in HARD_REGIMES)]
 GEOMETRIES = tuple(  # what a call can be told to use, in every configuration and where it is hard
     (_on_pages_of(geometry, case), index)
     for case in _HARD
-    for shape in SHAPES
-    if (shape.head_dim, shape.compress_ratio) == (case.head_dim, case.ratio)
-    for index, geometry in enumerate(shape.geometries)
-    # The baselines, one row at a time, serve no step of more than one window.
-    if case.num_windows == 1 or not geometry.baseline
+    for index, geometry in enumerate(case.kind.geometries)
 )
-# On prefixes the batch decides: beyond requests x head_dim = 12,288 a warp takes all tokens.
+# On prefixes the batch decides: enough requests for the kernel for many, whatever the head_dim.
 MANY = tuple(
-    Case(head_dim, ratio, next_n, BF16_IN_F32_STATE, regime, batch=batch)
-    for ratio in (4, 128)
-    for head_dim, next_n, regime, batch in (
-        (128, 4, "boundaries", 515),
-        (512, 6, "ragged", 130),
-        (512, 6, "bad_pages", 130),
-    )
+    case_of(kind, next_n, BF16_IN_F32_STATE, regime, batch=(1 << 16) // kind.head_dim + by)
+    for kind in KINDS
+    for next_n, regime, by in ((4, "boundaries", 3), (6, "ragged", 2), (6, "bad_pages", 2))
+    if kind.head_dim == 512 or regime == "boundaries"
 )
 PREFIX_GEOMETRIES = tuple(
     (case.in_prefix(), -1) for case in dict.fromkeys([*_HARD, *MANY, *LONG_TABLES])

@@ -13,8 +13,8 @@ import numpy as np
 import oracle
 from cases import Case, Operands
 
-from jax_dsv4 import CompressorState
-from jax_dsv4.decode import with_geometry
+from jax_dsv4 import CompressorState, paged_kv_compress
+from jax_dsv4._op import Kernel
 
 
 class Results(NamedTuple):
@@ -30,15 +30,15 @@ COLLECTIVE = re.compile(r"all-gather|all-reduce|all-to-all|collective-permute|re
 @functools.cache
 def step(
     compress_ratio: int,
+    overlap: bool,
     out_dtype: str,
-    implementation: str | None,
-    geometry: int,
+    implementation: str | Kernel | None,
     state_format: str,
 ) -> Callable[..., Results]:
-    """``paged_kv_compress`` from ``Operands``, as a tuple, to ``Results``."""
+    """``paged_kv_compress`` from ``Operands``, as a tuple, and a layer, to ``Results``."""
 
-    def step(kv_score, ape, kv, score, kv_tables, score_tables, kv_lens, q_lens):
-        kv_comp, state = with_geometry(
+    def step(kv_score, ape, kv, score, kv_tables, score_tables, kv_lens, q_lens, layer=None):
+        kv_comp, state = paged_kv_compress(
             kv_score,
             ape,
             CompressorState(kv, score, state_format),
@@ -46,9 +46,10 @@ def step(
             kv_lens,
             q_lens=q_lens,
             compress_ratio=compress_ratio,
+            overlap=overlap,
+            layer=layer,
             out_dtype=out_dtype,
             implementation=implementation,
-            geometry=geometry,
         )
         return Results(state.kv, state.score, kv_comp)
 
@@ -56,9 +57,11 @@ def step(
 
 
 def step_of(
-    case: Case, implementation: str | None = None, geometry: int = -1
+    case: Case, implementation: str | Kernel | None = None, geometry: int = -1
 ) -> Callable[..., Results]:
-    return step(case.ratio, case.dtypes.out, implementation, geometry, case.state_format)
+    if geometry >= 0:
+        implementation = Kernel(geometry=geometry)
+    return step(case.ratio, case.overlap, case.dtypes.out, implementation, case.state_format)
 
 
 @functools.cache

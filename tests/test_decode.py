@@ -79,9 +79,17 @@ def test_empty_dimensions_are_served(case, empty, device):
 
 
 @pytest.mark.parametrize(
-    "case", cases.in_formats([Case(24, 4, 3, cases.BF16_IN_F32_STATE)]), ids=str
+    "case",
+    cases.in_formats(
+        [
+            Case(24, 4, 3, cases.BF16_IN_F32_STATE),
+            Case(24, 4, 3, cases.BF16_IN_F32_STATE, overlap=False),
+            Case(24, 128, 3, cases.BF16_IN_F32_STATE, overlap=True),
+        ]
+    ),
+    ids=str,
 )
-def test_reference_serves_any_head_dim(case, device):
+def test_reference_serves_any_head_dim_and_both_overlaps(case, device):
     operands = cases.make_operands(case)
     got, expected = run(case, operands, "xla", device), expected_results(case, operands)
     check_results(got, expected, case.state_format)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from checks import step_of
 
-from jax_dsv4 import CompressorState, _config, _ffi, init_state, paged_kv_compress
+from jax_dsv4 import CompressorState, _config, init_state, paged_kv_compress
+from jax_dsv4.decode import DECODE
 
 CASE = cases.MAPPED
 B, N, R, S = CASE.batch, CASE.next_n, CASE.ratio, CASE.state_dim
@@ -35,8 +36,9 @@ def good_arguments():
     }
 
 
-def trace(implementation=None, compress_ratio=R, out_dtype="float32", **arguments):
+def trace(implementation=None, compress_ratio=R, overlap=None, out_dtype="float32", **arguments):
     static = {"implementation": implementation, "compress_ratio": compress_ratio}
+    static["overlap"] = overlap
     return jax.eval_shape(
         lambda arrays: paged_kv_compress(**arrays, **static, out_dtype=out_dtype),
         good_arguments() | arguments,
@@ -108,7 +110,8 @@ def test_a_wrong_array_is_named(name, array, error, implementation):
     ],
 )
 def test_numpys_64_bits_are_not_cut_to_32(name, array):
-    with pytest.raises(TypeError, match=f"^{name}: expected .*, got (int|float)64"):
+    cast = r"; cast it yourself: .*astype\(jnp\.int32\)" if array.dtype == np.int64 else ""
+    with pytest.raises(TypeError, match=f"^{name}: expected .*, got (int|float)64{cast}"):
         jax.eval_shape(
             lambda others: paged_kv_compress(**others | {name: array}, compress_ratio=R),
             good_arguments(),
@@ -175,11 +178,53 @@ def test_an_uncompiled_head_dim_lists_the_compiled_ones(implementation):
     arrays = {"kv_score": spec(B, N, 96), "ape": spec(R, 48), "state": pools(spec(5, 8, 48))}
     with pytest.raises(ValueError, match="head_dim 24") as raised:
         trace(implementation, **arrays)
-    for shape in _config.SHAPES:
-        assert f"{shape.head_dim}/{shape.compress_ratio}" in str(raised.value)
+    for kind in _config.KINDS:
+        assert str(kind) in str(raised.value)
     for dtypes in _config.DTYPES:
         assert "/".join(dtypes) in str(raised.value)
     trace("xla", **arrays)
+
+
+@pytest.mark.parametrize(("ratio", "overlap", "head_dim"), [(R, False, S), (128, True, S // 2)])
+def test_a_state_that_fits_another_kind_says_which(ratio, overlap, head_dim):
+    """S = 256 is D 128 overlapping or D 256 disjoint: the width alone settles nothing."""
+    text = rf"head_dim {head_dim}, compress_ratio {ratio}, overlap {overlap}.*S = {S} is 128/4 over"
+    with pytest.raises(ValueError, match=text):
+        trace(compress_ratio=ratio, overlap=overlap)
+
+
+@pytest.mark.parametrize("overlap", [0, 1, "yes", jnp.bool_(True)], ids=repr)
+def test_overlap_is_true_false_or_none(overlap):
+    with pytest.raises(TypeError, match=r"^overlap: expected True, False or None, got "):
+        trace(overlap=overlap)
+
+
+def test_numpys_integers_are_integers():
+    for ratio in (np.int64(R), np.int32(R), np.uint8(R)):
+        trace(compress_ratio=ratio, overlap=np.bool_(True))
+
+
+def test_a_traced_ratio_says_how_to_make_it_static():
+    with pytest.raises(TypeError, match=r"^compress_ratio: expected a static .*static_argnames"):
+        jax.jit(paged_kv_compress).eval_shape(**good_arguments(), compress_ratio=R)
+
+
+def test_an_abstract_array_is_told_from_an_array():
+    arguments = good_arguments() | {"q_lens": None}
+    arrays = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), arguments)
+    with pytest.raises(TypeError, match=r"^kv_lens: expected an array, got a ShapeDtypeStruct"):
+        paged_kv_compress(**arrays | {"kv_lens": arguments["kv_lens"]}, compress_ratio=R)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_pages", 8 / 2), ("page_size", 2.5), ("head_dim", "128"), ("layers", 1.0)],
+)
+def test_init_state_takes_integers_only(name, value):
+    good = {"num_pages": 3, "page_size": 8, "head_dim": 128, "compress_ratio": 4}
+    with pytest.raises(TypeError, match=rf"^{name}: expected an integer, got {value!r}"):
+        init_state(**good | {name: value})
+    init_state(**good | {"num_pages": np.int64(3)})
 
 
 def test_uncompiled_dtypes_are_refused(monkeypatch):
@@ -255,24 +300,38 @@ def test_the_advice_of_that_error_works():
 
 POOLS = (2, 5, 8, S)  # two groups
 RAW_OPERANDS = {
+    "kv_score": ((2, B, N, 2 * S), jnp.bfloat16),
+    "kv_score[1]": ((1, 0, 0, 0), jnp.bfloat16),
+    "ape": ((1, R, S), jnp.float32),
     "state.kv": (POOLS, jnp.float32),
     "state.score": (POOLS, jnp.float32),
-    "kv_score": ((2, B, N, 2 * S), jnp.bfloat16),
-    "ape": ((1, R, S), jnp.float32),
     "kv_tables": ((1, B, 6), jnp.int32),
     "score_tables": ((2, B, 6), jnp.int32),
     "kv_lens": ((2, B), jnp.int32),
     "q_lens": ((1, B), jnp.int32),
+    "layer": ((1, 0), jnp.int32),
 }
+STATE_ALIASES = ((3, 1), (4, 2))
 RAW_RESULTS = {
+    "kv_comp": ((2, B, 1, CASE.head_dim), jnp.float32),
     "state.kv result": (POOLS, jnp.float32),
     "state.score result": (POOLS, jnp.float32),
-    "kv_comp": ((2, B, 1, CASE.head_dim), jnp.float32),
+}
+# With all layers of a kind in the state, and one of them named on the device.
+LAYER_POOLS = (2, 3, 5, 8, S)
+RAW_LAYERS = {
+    "layer": ((1, 1), jnp.int32),
+    **dict.fromkeys(
+        ("state.kv", "state.score", "state.kv result", "state.score result"),
+        (LAYER_POOLS, jnp.float32),
+    ),
 }
 F32, BF16 = np.uint8(11), np.uint8(16)
 RAW_ATTRIBUTES = {
     "compress_ratio": R,
+    "overlap": True,
     "next_n": N,
+    "layer": -1,
     "kv_score_dtype": BF16,
     "state_format": np.uint8(0),
     "state_dtype": F32,
@@ -281,12 +340,12 @@ RAW_ATTRIBUTES = {
 }
 
 
-def raw_call(changed=None, attributes=None, aliases=((0, 0), (1, 1))):
+def raw_call(changed=None, attributes=None, aliases=STATE_ALIASES):
     """The custom call with some operands or results as {name: (shape, dtype)}."""
     changed = changed or {}
     operands = [np.zeros(*changed.get(name, spec)) for name, spec in RAW_OPERANDS.items()]
     results = [jax.ShapeDtypeStruct(*changed.get(name, spec)) for name, spec in RAW_RESULTS.items()]
-    call = jax.ffi.ffi_call(_ffi.TARGET_NAME, results, input_output_aliases=dict(aliases))
+    call = jax.ffi.ffi_call(DECODE.target, results, input_output_aliases=dict(aliases))
     attributes = RAW_ATTRIBUTES if attributes is None else attributes
     with jax.default_device(jax.devices("cpu")[0]):
         return jax.block_until_ready(jax.jit(lambda *x: call(*x, **attributes))(*operands))
@@ -294,7 +353,7 @@ def raw_call(changed=None, attributes=None, aliases=((0, 0), (1, 1))):
 
 @pytest.mark.parametrize("state_format", (0, 1))
 def test_the_raw_call_serves_good_operands(state_format):
-    *_, kv_comp = raw_call(attributes=RAW_ATTRIBUTES | {"state_format": np.uint8(state_format)})
+    kv_comp, *_ = raw_call(attributes=RAW_ATTRIBUTES | {"state_format": np.uint8(state_format)})
     np.testing.assert_array_equal(kv_comp, 0)
 
 
@@ -310,6 +369,7 @@ NAMED_INSTEAD = {
     ("state.kv", "too many dimensions"): "state.score",
     ("kv_tables", "longer"): "score_tables",
     ("kv_lens", "longer"): "kv_score",
+    ("layer", "longer"): "kv_score",
 }
 RAW_ARRAYS = RAW_OPERANDS | RAW_RESULTS
 
@@ -329,7 +389,8 @@ def test_the_raw_call_refuses_wrong_shapes(name, other):
     if (name, other) == ("kv_comp", "longer"):
         check_refused(f"no compiled configuration for head_dim {CASE.head_dim + 1}", changed)
     else:
-        check_refused(f"paged_kv_compress: {NAMED_INSTEAD.get((name, other), name)}: ", changed)
+        named = re.escape(NAMED_INSTEAD.get((name, other), name))
+        check_refused(f"paged_kv_compress: {named}: ", changed)
 
 
 @pytest.mark.parametrize("dtype", (jnp.float16, jnp.int16, jnp.uint32))
@@ -338,7 +399,7 @@ def test_the_raw_call_refuses_wrong_dtypes(name, dtype):
     changed = {name: (RAW_ARRAYS[name][0], dtype)}
     if name.startswith("state."):
         changed[f"{name} result"] = changed[name]
-    check_refused(f"paged_kv_compress: {name}: expected .*, got ", changed)
+    check_refused(f"paged_kv_compress: {re.escape(name)}: expected .*, got ", changed)
 
 
 @pytest.mark.parametrize("name", ["state.kv result", "state.score result"])
@@ -347,7 +408,33 @@ def test_the_raw_call_refuses_a_wrong_state_result(name, wrong):
     check_refused(f"paged_kv_compress: {name}: expected", {name: wrong}, aliases=())
 
 
-@pytest.mark.parametrize("aliases", [(), ((0, 0),), ((1, 1),)])
+@pytest.mark.parametrize("state_format", (0, 1))
+def test_the_raw_call_serves_a_state_of_layers(state_format):
+    kv_comp, kv, _ = raw_call(
+        RAW_LAYERS, attributes=RAW_ATTRIBUTES | {"state_format": np.uint8(state_format)}
+    )
+    assert kv.shape == LAYER_POOLS
+    np.testing.assert_array_equal(kv_comp, 0)
+    without_operand = RAW_LAYERS | {"layer": RAW_OPERANDS["layer"]}
+    raw_call(without_operand, attributes=RAW_ATTRIBUTES | {"layer": 2})
+
+
+@pytest.mark.parametrize(
+    ("changed", "attributes", "text"),
+    [
+        ({"layer": ((1, 0), jnp.int32)}, {"layer": 3}, "layer: expected an index"),
+        ({}, {"layer": 1}, "layer: expected an index"),
+        ({"layer": ((1, 2), jnp.int32)}, {}, "layer: expected S32"),
+        ({"layer": ((3, 1), jnp.int32)}, {}, "layer: expected S32"),
+        ({"layer": ((1, 1), jnp.int64)}, {}, "layer: expected S32"),
+    ],
+)
+def test_the_raw_call_refuses_a_wrong_layer(changed, attributes, text):
+    with jax.enable_x64(True):
+        check_refused(text, RAW_LAYERS | changed, attributes=RAW_ATTRIBUTES | attributes)
+
+
+@pytest.mark.parametrize("aliases", [(), STATE_ALIASES[:1], STATE_ALIASES[1:]])
 def test_the_raw_call_refuses_a_state_that_is_not_aliased(aliases):
     check_refused("paged_kv_compress: state: the results must alias", aliases=aliases)
 
@@ -361,7 +448,11 @@ def test_the_raw_call_refuses_a_state_that_is_not_aliased(aliases):
         ({"next_n": 1 << 31}, "next_n: expected"),
         ({"next_n": np.int32(N)}, "expected S64 but got S32"),
         ({"next_n": float(N)}, "expected S64 but got F64"),
-        ({"compress_ratio": 128}, "state.kv: expected"),
+        ({"compress_ratio": 128, "overlap": False}, "state.kv: expected"),
+        (
+            {"compress_ratio": 128},
+            "no compiled configuration for .*compress_ratio 128, overlap true",
+        ),
         ({"compress_ratio": 5}, "no compiled configuration for .*compress_ratio 5"),
         ({"compress_ratio": 0}, "no compiled configuration for .*compress_ratio 0"),
         ({"compress_ratio": np.int32(R)}, "expected S64 but got S32"),
@@ -376,6 +467,11 @@ def test_the_raw_call_refuses_a_state_that_is_not_aliased(aliases):
         ({"state_format": np.uint8(1), "state_dtype": BF16}, "state_dtype: expected F32 .* BF16"),
         ({"geometry": 1 << 32}, "geometry: "),
         ({"geometry": -2}, "geometry: "),
+        ({"overlap": False}, "no compiled configuration for .*overlap false"),
+        ({"overlap": 1}, "overlap|expected"),
+        ({"layer": 0}, "kv_score: expected"),
+        ({"layer": -2}, "kv_score: expected"),
+        ({"layer": np.int32(-1)}, "expected S64 but got S32"),
     ],
     ids=str,
 )
@@ -388,5 +484,6 @@ def test_the_raw_call_refuses_a_missing_attribute(name):
     attributes = {key: value for key, value in RAW_ATTRIBUTES.items() if key != name}
     count = len(RAW_ATTRIBUTES)
     check_refused(
-        f"Wrong number of attributes: expected {count} but got {count - 1}", attributes=attributes
+        f"Wrong number of attributes: expected {count} attributes but got {count - 1}",
+        attributes=attributes,
     )

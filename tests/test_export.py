@@ -13,7 +13,7 @@ import pytest
 from checks import Results, arguments, check_results, expected_results
 
 from jax_dsv4 import EXPORT_DISABLED_CHECKS, CompressorState, init_state, paged_kv_compress
-from jax_dsv4._ffi import TARGET_NAME
+from jax_dsv4.decode import DECODE
 
 # Serialized by jax 0.10.2, the oldest supported: `python tests/test_export.py` writes it.
 OLDEST = pathlib.Path(__file__).parent / "exported_by_jax_0.10.2.bin"
@@ -73,7 +73,7 @@ def test_an_exported_step_serves_the_format_that_it_was_traced_for():
 def test_an_artefact_for_cuda_holds_the_call():
     exported = export(("cuda",))
     assert exported.platforms == ("cuda",)
-    assert f"custom_call @{TARGET_NAME}" in exported.mlir_module()
+    assert f"custom_call @{DECODE.target}" in exported.mlir_module()
 
 
 def test_bytes_of_the_oldest_jax_still_run():
@@ -81,7 +81,7 @@ def test_bytes_of_the_oldest_jax_still_run():
 
 
 def test_export_needs_the_exemption():
-    with pytest.raises(ValueError, match=TARGET_NAME):
+    with pytest.raises(ValueError, match=DECODE.target):
         export(checks=())
 
 

@@ -13,7 +13,8 @@ import jax
 import pytest
 from checks import COLLECTIVE, STATE, step, step_of
 
-from jax_dsv4 import _ffi
+from jax_dsv4 import _ffi, _op
+from jax_dsv4.decode import DECODE
 
 CASE = cases.MAPPED
 
@@ -30,7 +31,7 @@ def lowered_text(step, *platforms, in_axes=None, case=CASE):
 
 
 def calls(text):
-    return [line for line in text.splitlines() if f"custom_call @{_ffi.TARGET_NAME}" in line]
+    return [line for line in text.splitlines() if f"custom_call @{DECODE.target}" in line]
 
 
 @pytest.mark.parametrize("platform", ("cpu", "cuda"))
@@ -41,6 +42,8 @@ def test_the_call_names_its_attributes_and_aliases(case, platform):
     for attribute in (
         f"next_n = {CASE.next_n} : i64",
         f"compress_ratio = {CASE.ratio} : i64",
+        f"overlap = {str(CASE.overlap).lower()}",
+        "layer = -1 : i64",
         f"kv_score_dtype = {kv_score} : ui8",
         f"state_format = {('raw', 'prefix').index(case.state_format)} : ui8",
         f"state_dtype = {state} : ui8",
@@ -48,7 +51,7 @@ def test_the_call_names_its_attributes_and_aliases(case, platform):
     ):
         assert attribute in call
     aliases = re.findall(r"output_tuple_indices = \[(\d)\], operand_index = (\d)", call)
-    assert aliases == [("0", "0"), ("1", "1")]
+    assert aliases == [("1", "3"), ("2", "4")]
 
 
 def test_the_donated_state_is_aliased_by_the_program():
@@ -80,10 +83,10 @@ def test_the_reference_can_be_asked_for(platform):
 @pytest.fixture
 def nothing_traced():
     """Before the test, and after it: what is traced depends on ``HAS_CUDA``."""
-    for cached in (_ffi.decode, step):
+    for cached in (_op.bind, step):
         cached.cache_clear()
     yield
-    for cached in (_ffi.decode, step):
+    for cached in (_op.bind, step):
         cached.cache_clear()
 
 
@@ -120,7 +123,7 @@ def test_it_compiles_for_cuda_ahead_of_time():
     _, *programs = result.stdout.split(compile_for_cuda.SEPARATOR)
     assert len(programs) == 3
     for program in programs:
-        assert program.count(f'custom_call_target="{_ffi.TARGET_NAME}"') == 1
+        assert program.count(f'custom_call_target="{DECODE.target}"') == 1
         aliases = re.findall(r"\{(\d)\}: \((\d), \{\}, may-alias\)", program)
         assert aliases == [("0", "2"), ("1", "3")]
         assert not COLLECTIVE.search(program) and "copy" not in program

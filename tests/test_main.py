@@ -1,7 +1,8 @@
-"""The main job: what it prints, what its check catches, and its page accounting."""
+"""The demo: what it prints, what its check catches, and its page accounting."""
 
 import functools
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 
 from jax_dsv4 import CompressorState, init_state
-from jax_dsv4 import __main__ as main_job
+from jax_dsv4.demo import cli, model, report
+from jax_dsv4.demo.check import find_first_needed
+from jax_dsv4.demo.scheduler import Scheduler
 
 KINDS = ("CSA", "indexer", "HCA")
 # Every draft accepted: with 4 tokens a step, an HCA window of 128 is complete in 32 steps.
@@ -21,22 +24,22 @@ TINY = ["--batch", "4", "--steps", "48", "--accept", "1", "--page-size", "8"]
 
 def run_tiny(capsys, *arguments):
     """(exit status, stdout) of an in-process run."""
-    status = main_job.main([*TINY, *arguments])
+    status = cli.main([*TINY, *arguments])
     return status, capsys.readouterr().out
 
 
 @pytest.fixture
 def one_layer_each(monkeypatch):
-    monkeypatch.setitem(main_job.LAYERS, "flash", (1, 1, 1))
+    monkeypatch.setitem(model.LAYERS, "flash", (1, 1, 1))
 
 
-@pytest.mark.parametrize("model", ["flash", "pro"])
-def test_the_command_prints_speed_memory_and_an_ok_verdict(device, model):
+@pytest.mark.parametrize("model_name", ["flash", "pro"])
+def test_the_command_prints_speed_memory_and_an_ok_verdict(device, model_name):
     platform = {"cpu": "cpu", "gpu": "cuda"}[device.platform]
     # This process may hold most of a GPU's memory already.
     variables = {"JAX_PLATFORMS": platform, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     result = subprocess.run(
-        [sys.executable, "-m", "jax_dsv4", "--model", model, *TINY],
+        [sys.executable, "-m", "jax_dsv4", "--model", model_name, *TINY],
         capture_output=True,
         text=True,
         timeout=300,
@@ -48,7 +51,7 @@ def test_the_command_prints_speed_memory_and_an_ok_verdict(device, model):
     started, finished = map(int, re.search(r"(\d+) started, (\d+) finished", out).groups())
     assert started > finished >= 0
     shares = []
-    for kind, layers in zip(KINDS, main_job.LAYERS[model], strict=True):
+    for kind, layers in zip(KINDS, model.LAYERS[model_name], strict=True):
         row = re.search(rf"^{kind} +(\d+) +([\d.]+) +([\d.]+)% +([\d,]+)$", out, re.MULTILINE)
         assert int(row[1]) == layers
         assert float(row[2]) > 0
@@ -132,14 +135,14 @@ def test_a_wrong_implementation_fails_the_check(
     capsys, monkeypatch, one_layer_each, corrupted, ratio
 ):
     """Corrupted for one ratio only: the check must look at each kind."""
-    call = main_job.paged_kv_compress
+    call = model.paged_kv_compress
 
     def patched(*operands, **attributes):
         if attributes["compress_ratio"] != ratio:
             return call(*operands, **attributes)
         return corrupted(call, *operands, **attributes)
 
-    monkeypatch.setattr(main_job, "paged_kv_compress", patched)
+    monkeypatch.setattr(model, "paged_kv_compress", patched)
     status, out = run_tiny(capsys, "--accept", "0.7", "--steps", "150")
     assert status == 1
     assert "check: MISMATCH" in out
@@ -147,7 +150,7 @@ def test_a_wrong_implementation_fails_the_check(
 
 def test_a_run_too_short_to_check_every_kind_says_so(capsys, one_layer_each):
     status, out = run_tiny(capsys, "--steps", "8")
-    assert status == 0
+    assert status == 3
     assert "check: INCOMPLETE" in out
     assert "HCA 0)" in out
 
@@ -156,11 +159,12 @@ def test_a_run_too_short_to_check_every_kind_says_so(capsys, one_layer_each):
     "arguments",
     [["--batch", "0"], ["--accept", "1.5"], ["--accept", "nan"], ["--next-n", "two"],
      ["--steps", "-1"], ["--page-size", "0"], ["--seed", "-1"], ["--model", "max"],
-     ["--implementation", "cuda"], ["--state-format", "bf16"]],
+     ["--implementation", "cuda"], ["--state-format", "bf16"], ["--json", "."],
+     ["--json", "no/such/folder/figures.json"]],
 )  # fmt: skip
 def test_a_wrong_option_is_named(capsys, arguments):
     with pytest.raises(SystemExit) as exit_info:
-        main_job.main(arguments)
+        cli.main(arguments)
     assert exit_info.value.code == 2
     assert f"argument {arguments[0]}: " in capsys.readouterr().err
 
@@ -169,9 +173,98 @@ def test_ctrl_c_ends_the_run_without_a_traceback(capsys, monkeypatch, one_layer_
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main_job.Scheduler, "settle", interrupt)
-    assert main_job.main(TINY) == 130
+    monkeypatch.setattr(Scheduler, "settle", interrupt)
+    assert cli.main(TINY) == 130
     assert capsys.readouterr().err.endswith("interrupted\n")
+
+
+def test_the_help_lists_every_exit_status(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["--help"])
+    assert exit_info.value.code == 0
+    _, statuses = " ".join(capsys.readouterr().out.split()).split("Exit status: ")
+    listed = [int(part.split()[0]) for part in statuses.split("; ")]
+    assert listed == sorted({*cli.STATUS.values(), 2, cli.INTERRUPTED, cli.PIPE_CLOSED})
+
+
+def test_output_into_a_pipe_that_is_closed_ends_the_run_without_a_traceback():
+    """As in ``python -m jax_dsv4 | head -1``."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "jax_dsv4", "--batch", "1", "--steps", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": ""},  # flushes at exit, too
+    ) as process:
+        assert process.stdout.readline().startswith("DeepSeek-V4-Flash")
+        process.stdout.close()
+        err = process.stderr.read()
+    assert process.returncode == 141, err
+    assert set(err.splitlines()) <= {"compiling", "decoding 1/1"}
+
+
+def numbers_in(value):
+    if isinstance(value, dict):
+        return [number for part in value.values() for number in numbers_in(part)]
+    return [value] if isinstance(value, int | float) else []
+
+
+def test_json_has_all_that_is_printed(capsys, one_layer_each, tmp_path):
+    path = tmp_path / "figures.json"
+    status, out = run_tiny(capsys, "--json", str(path))
+    figures = json.loads(path.read_text())
+    assert status == 0
+    options, calls, check = figures["options"], figures["calls"], figures["check"]
+    assert options == {
+        **{"model": "flash", "batch": 4, "next_n": 4, "steps": 48, "accept": 1, "page_size": 8},
+        **{"seed": 0, "state_format": "raw", "implementation": "auto"},
+    }
+    assert set(figures["versions"]) == {"jax_dsv4", "jax", "jaxlib", "numpy", "python"}
+    assert figures["versions"]["jax"] == jax.__version__
+    assert figures["platform"] == jax.default_backend()
+    assert figures["device"] == jax.devices()[0].device_kind
+    assert check["verdict"] == "OK"
+    assert list(check["windows_by_kind"]) == list(KINDS)
+    assert list(calls["by_kind"]) == [*KINDS, "all"]
+    printed = re.findall(r"(?<![\w.-])[\d,]+(?:\.\d+)?\b", out.partition("requests: ")[2])
+    have = {100 * kind["share"] for kind in calls["by_kind"].values()} | set(numbers_in(figures))
+    for text in printed:
+        digits, number = len(text.partition(".")[2]), float(text.replace(",", ""))
+        assert any(abs(number - value) <= 0.5001 * 10**-digits for value in have), text
+    decoding, kinds = figures["decoding"], [calls["by_kind"][name] for name in KINDS]
+    tokens_per_second = decoding["tokens_accepted"] / decoding["seconds"]
+    assert decoding["tokens_per_second"] == pytest.approx(tokens_per_second)
+    us_per_step = sum(kind["calls_per_step"] * kind["us_per_call"] for kind in kinds)
+    assert calls["ms_per_step"] == pytest.approx(us_per_step / 1e3)
+    assert calls["by_kind"]["all"]["us_per_call"] == pytest.approx(us_per_step / len(kinds))
+
+
+def test_json_has_null_for_an_error_that_is_no_number(
+    capsys, monkeypatch, one_layer_each, tmp_path
+):
+    patched = functools.partial(with_nan, model.paged_kv_compress)
+    monkeypatch.setattr(model, "paged_kv_compress", patched)
+    status, out = run_tiny(capsys, "--json", str(tmp_path / "figures.json"))
+    assert (status, "max error nan" in out) == (1, True)
+    found = json.loads((tmp_path / "figures.json").read_text(), parse_constant=pytest.fail)["check"]
+    assert (found["verdict"], found["max_error_ulp"]) == ("MISMATCH", None)
+
+
+def test_progress_is_a_line_per_quarter_or_a_bar_on_a_terminal(capsys, monkeypatch):
+    assert list(report.track(48)) == list(range(48))
+    assert capsys.readouterr().err == "".join(f"decoding {n}/48\n" for n in (12, 24, 36, 48))
+    assert list(report.track(2)) == [0, 1]
+    assert capsys.readouterr().err == "decoding 1/2\ndecoding 2/2\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert list(report.track(48)) == list(range(48))
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert re.match(r"decoding: 100%\|.*\| 48/48 ", last)
+
+
+def make_demo(arguments, seed):
+    options = cli.parse(arguments)
+    layers_of_kinds, rng = model.list_layers("flash"), np.random.default_rng(seed)
+    return layers_of_kinds, cli.make_scheduler(layers_of_kinds, options, rng)
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 32, 100, 128, 600])
@@ -179,25 +272,26 @@ def test_ctrl_c_ends_the_run_without_a_traceback(capsys, monkeypatch, one_layer_
 @pytest.mark.parametrize("state_format", ["raw", "prefix"])
 def test_pages_have_one_owner_and_all_come_back(state_format, page_size, next_n):
     sizes = ["--batch", "5", "--next-n", str(next_n), "--page-size", str(page_size)]
-    options = main_job.parse([*sizes, "--state-format", state_format])
-    kinds = main_job.kinds_of("flash")
-    scheduler = main_job.Scheduler(kinds, options, np.random.default_rng(1))
+    kinds, scheduler = make_demo([*sizes, "--state-format", state_format], seed=1)
     while scheduler.finished < 12:
         plan = scheduler.plan(arrivals=scheduler.started < 12)
         for kind in kinds:
             pool, tables = scheduler.pools[kind.name], plan.tables[kind.name]
             owned = tables[tables >= 0]
-            assert sorted([*owned, *pool.free]) == list(range(pool.num_pages))
-            for span in scheduler.spans(plan):
+            assert sorted([*owned, *pool._free]) == list(range(pool.num_pages))
+            for span in scheduler.list_spans(plan):
                 assert len(span.tokens) == plan.kv_lens[span.slot]
                 assert len(span.tokens) - span.length == plan.q_lens[span.slot]
-                first = kind.first_needed(span.length) if state_format == "raw" else span.length
+                first = span.length
+                if state_format == "raw":
+                    first = find_first_needed(kind, span.length)
                 rows = np.arange(first, len(span.tokens))
                 assert np.all(tables[span.slot, rows // page_size] >= 0)
         scheduler.settle(plan)
     assert scheduler.requests == [None] * 5
     for pool in scheduler.pools.values():
-        assert sorted(pool.free) == list(range(pool.num_pages))
+        assert sorted(pool._free) == list(range(pool.num_pages))
+        assert pool.num_free == pool.num_pages
         assert np.all(pool.tables == -1)
 
 
@@ -207,28 +301,24 @@ def test_pages_reused_as_early_as_they_may_be_change_no_value(
     one_layer_each, state_format, page_size
 ):
     """Against a run that reuses no page; NaN is in every page that no table has."""
-    options = main_job.parse(
-        ["--batch", "3", "--page-size", str(page_size), "--state-format", state_format]
-    )
-    kinds = main_job.kinds_of("flash")
-    rng = np.random.default_rng(2)
-    scheduler = main_job.Scheduler(kinds, options, rng)
-    weights = jax.device_put({kind.name: main_job.random_weights(kind, rng) for kind in kinds})
-    step = main_job.make_step(kinds, "ffi")
-    reused = {name: pool.init_states() for name, pool in scheduler.pools.items()}
-    kept, tables = {}, {}
-    for name, pool in scheduler.pools.items():
+    arguments = ["--batch", "3", "--page-size", str(page_size), "--state-format", state_format]
+    kinds, scheduler = make_demo(arguments, seed=2)
+    weights = jax.device_put({kind.name: model.make_weights(kind, scheduler.rng) for kind in kinds})
+    step = model.make_step(kinds, "ffi")
+    reused, kept, tables = {}, {}, {}
+    for kind in kinds:
+        name, pool = kind.name, scheduler.pools[kind.name]
+        reused[name] = model.init_layers(kind, pool)
         own = np.arange(pool.tables.size, dtype=np.int32).reshape(pool.tables.shape)
         tables[name] = own
-        kept[name] = [
-            init_state(
-                own.size,
-                page_size,
-                head_dim=pool.kind.head_dim,
-                compress_ratio=pool.kind.compress_ratio,
-                format=state_format,
-            )
-        ]
+        kept[name] = init_state(
+            own.size,
+            page_size,
+            head_dim=kind.head_dim,
+            compress_ratio=kind.compress_ratio,
+            layers=kind.count,
+            format=state_format,
+        )
     num_windows = 0
     for _ in range(150):
         plan = scheduler.plan()
@@ -248,5 +338,5 @@ def test_pages_reused_as_early_as_they_may_be_change_no_value(
 
 def with_nan_in_pages(pool, pages):
     poisoned = np.array(pool)
-    poisoned[pages] = np.nan
+    poisoned[:, pages] = np.nan  # in every layer
     return jax.numpy.array(poisoned)

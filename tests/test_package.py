@@ -1,6 +1,5 @@
 """Importing the package, its small helpers, and its README."""
 
-import itertools
 import os
 import pathlib
 import re
@@ -14,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import readme
-from cases import INT32_MAX, INT32_MIN
 
 import jax_dsv4
-from jax_dsv4 import CompressorState, _config, _cpu, _ffi, init_state, num_compressed
+from jax_dsv4 import CompressorState, _config, _cpu, _ffi, init_state
 
 
 def python(code, folder, **environment):
@@ -44,8 +42,10 @@ import jax_dsv4
 def source_folder(tmp_path):
     """A folder with the package's Python files, and no compiled module."""
     (tmp_path / "jax_dsv4").mkdir()
-    for file in pathlib.Path(jax_dsv4.__file__).parent.glob("*.py"):
-        shutil.copy(file, tmp_path / "jax_dsv4")
+    source = pathlib.Path(jax_dsv4.__file__).parent
+    for file in source.rglob("*.py"):
+        (target := tmp_path / "jax_dsv4" / file.relative_to(source)).parent.mkdir(exist_ok=True)
+        shutil.copy(file, target)
     return tmp_path
 
 
@@ -90,23 +90,20 @@ def test_a_module_built_for_a_newer_ffi_is_refused_before_it_is_registered(built
     assert "{}.{}".format(*_ffi._running_ffi_version()) in str(error.value)
 
 
+@pytest.mark.parametrize("layers", (None, 3))
 @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float32))
-@pytest.mark.parametrize(
-    "shape", _config.SHAPES, ids=lambda shape: f"hd{shape.head_dim}-R{shape.compress_ratio}"
-)
-def test_an_initial_state_weighs_nothing(shape, dtype):
-    state = init_state(
-        3, 8, head_dim=shape.head_dim, compress_ratio=shape.compress_ratio, dtype=dtype
-    )
-    width = shape.head_dim * (2 if shape.overlap else 1)
+@pytest.mark.parametrize("kind", _config.KINDS, ids=str)
+def test_an_initial_state_weighs_nothing(kind, dtype, layers):
+    sizes = dict(zip(kind._fields, kind, strict=True)) | {"layers": layers}
+    state = init_state(3, 8, **sizes, dtype=dtype)
+    shape = (3, 8, kind.head_dim * (2 if kind.overlap else 1))
+    shape = shape if layers is None else (layers, *shape)
     for array, value in ((state.kv, 0), (state.score, -np.inf)):
-        assert (array.shape, array.dtype) == ((3, 8, width), dtype)
+        assert (array.shape, array.dtype) == (shape, dtype)
         np.testing.assert_array_equal(np.asarray(array, np.float32), value)
     assert state.format == "raw"
     if dtype == jnp.float32:
-        prefixes = init_state(
-            3, 8, head_dim=shape.head_dim, compress_ratio=shape.compress_ratio, format="prefix"
-        )
+        prefixes = init_state(3, 8, **sizes, format="prefix")
         assert prefixes.format == "prefix"
         np.testing.assert_array_equal(prefixes.kv, state.kv)
         np.testing.assert_array_equal(prefixes.score, state.score)
@@ -120,38 +117,6 @@ def test_a_state_is_a_pytree_with_a_static_format():
     other = CompressorState(state.kv, state.score, "another")
     assert jax.tree.structure(other) != jax.tree.structure(state)
     assert jax.jit(lambda x: x)(other).format == "another"
-
-
-@pytest.mark.parametrize("ratio", sorted({shape.compress_ratio for shape in _config.SHAPES}))
-@pytest.mark.parametrize("with_q_lens", (False, True))
-@pytest.mark.parametrize("next_n", (1, 4, 129))
-def test_num_compressed_counts_the_windows_that_end_in_the_new_tokens(ratio, with_q_lens, next_n):
-    around = [edge + by for edge in (0, ratio, 2 * ratio, 5 * ratio) for by in range(-2, 3)]
-    lengths = [*around, INT32_MIN, INT32_MAX, INT32_MAX - ratio]
-    q_lens = [INT32_MIN, -1, 0, 1, next_n - 1, next_n, next_n + 1, INT32_MAX]
-    pairs = list(itertools.product(lengths, q_lens if with_q_lens else [next_n]))
-    want = [
-        sum((p + 1) % ratio == 0 for p in range(max(length - min(n, next_n), 0), length))
-        for length, n in pairs
-    ]
-    kv_lens, q_lens = np.array(pairs, np.int32).T
-    got = num_compressed(
-        kv_lens, compress_ratio=ratio, next_n=next_n, q_lens=q_lens if with_q_lens else None
-    )
-    assert got.dtype == jnp.int32
-    np.testing.assert_array_equal(got, want)
-
-
-@pytest.mark.parametrize(
-    ("static", "name"),
-    [
-        ({"compress_ratio": 0, "next_n": 1}, "compress_ratio"),
-        ({"compress_ratio": 4, "next_n": 0}, "next_n"),
-    ],
-)
-def test_num_compressed_refuses_what_no_step_can_be(static, name):
-    with pytest.raises(ValueError, match=f"^{name}: expected"):
-        num_compressed(np.ones(3, np.int32), **static)
 
 
 README_CODE = re.findall(r"^```python\n(.*?)^```", readme.PATH.read_text(), re.M | re.S)

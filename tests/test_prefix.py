@@ -10,17 +10,10 @@ import numpy as np
 import pytest
 from checks import check_close, check_same_bits, run
 
-from jax_dsv4 import (
-    CompressorState,
-    init_state,
-    live_pages,
-    paged_kv_compress,
-    pages_needed,
-    raw_to_prefix,
-)
+from jax_dsv4 import CompressorState, init_state, paged_kv_compress, raw_to_prefix
 
 IMPLEMENTATIONS = ("ffi", "xla")
-SMALL_SHAPES = cases.SMALL_SHAPES
+SMALL_KINDS = cases.SMALL_KINDS
 UNIT_ROUNDOFF = 2.0**-24
 
 
@@ -65,10 +58,11 @@ KV = {
 }
 
 
-def window_at_once(shape, implementation, kv, score, device, format="prefix"):
+def window_at_once(kind, implementation, kv, score, device, format="prefix"):
     """One step that brings a whole window to each request -> (states of its rows, values)."""
     batch, ratio, _ = kv.shape
-    state = init_state(batch, ratio, head_dim=shape.head_dim, compress_ratio=ratio, format=format)
+    windows = {"compress_ratio": ratio, "overlap": kind.overlap}
+    state = init_state(batch, ratio, head_dim=kind.head_dim, **windows, format=format)
     state, kv_score, tables, lens = jax.device_put(
         (
             state,
@@ -80,7 +74,7 @@ def window_at_once(shape, implementation, kv, score, device, format="prefix"):
     )
     step = functools.partial(
         paged_kv_compress,
-        compress_ratio=ratio,
+        **windows,
         out_dtype=jnp.float32,
         implementation=implementation,
     )
@@ -104,16 +98,16 @@ def prefixes_in_float64(scores, kv):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("shape", SMALL_SHAPES, ids=lambda shape: f"R{shape.compress_ratio}")
-def test_prefixes_are_within_the_documented_bound_of_float64(shape, implementation, device):
+@pytest.mark.parametrize("kind", SMALL_KINDS, ids=str)
+def test_prefixes_are_within_the_documented_bound_of_float64(kind, implementation, device):
     """At each row, relative to the window's largest |kv|; within 2e-6 for scores of common size."""
-    ratio, state_dim = shape.compress_ratio, shape.head_dim * (1 + shape.overlap)
+    ratio, state_dim = kind.compress_ratio, kind.state_dim
     normals = np.random.default_rng(0).standard_normal((2, 2, ratio, state_dim))
     names = [(scores, kv) for scores in SCORES for kv in KV]
     score = np.stack([SCORES[scores](normals[0]) for scores, _ in names]).astype(np.float32)
     kv = np.stack([KV[kv](normals[1]) for _, kv in names]).astype(np.float32)
     score, kv = (x.reshape(-1, ratio, state_dim) for x in (score, kv))
-    state, values = window_at_once(shape, implementation, kv, score, device)
+    state, values = window_at_once(kind, implementation, kv, score, device)
 
     score, kv = score.astype(np.float64), kv.astype(np.float64)
     lse, mean = prefixes_in_float64(score, kv)
@@ -126,7 +120,7 @@ def test_prefixes_are_within_the_documented_bound_of_float64(shape, implementati
     assert np.all(error <= ratio * UNIT_ROUNDOFF * (12 + largest_lse))
     common = np.broadcast_to(largest_lse <= 16, error.shape)
     assert error[common].max() <= 2e-6
-    own = state.kv[:, -1, -shape.head_dim :]  # of the first window: there is none before it
+    own = state.kv[:, -1, -kind.head_dim :]  # of the first window: there is none before it
     check_same_bits(values, own)
 
 
@@ -147,18 +141,18 @@ NOT_FINITE = {  # rows of kv and of scores that are, by column
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("shape", SMALL_SHAPES, ids=lambda shape: f"R{shape.compress_ratio}")
-def test_values_that_are_not_finite_are_those_of_raw(shape, implementation, device):
-    ratio, state_dim = shape.compress_ratio, shape.head_dim * (1 + shape.overlap)
+@pytest.mark.parametrize("kind", SMALL_KINDS, ids=str)
+def test_values_that_are_not_finite_are_those_of_raw(kind, implementation, device):
+    ratio, state_dim = kind.compress_ratio, kind.state_dim
     kv, score = np.random.default_rng(0).standard_normal((2, 1, ratio, state_dim), np.float32)
     for column, (kv_rows, score_rows) in enumerate(NOT_FINITE.values()):
-        column -= shape.head_dim  # of the half that the window itself uses
+        column -= kind.head_dim  # of the half that the window itself uses
         for row, value in kv_rows.items():
             kv[:, row, column] = value
         for row, value in score_rows.items():
             score[:, min(row, ratio - 1), column] = value
     (_, got), (_, want) = (
-        window_at_once(shape, implementation, kv, score, device, format)
+        window_at_once(kind, implementation, kv, score, device, format)
         for format in ("prefix", "raw")
     )
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
@@ -169,22 +163,22 @@ def test_values_that_are_not_finite_are_those_of_raw(shape, implementation, devi
 def test_differences_of_large_kv_do_not_overflow(implementation, device):
     kv = np.full((1, 4, 256), 3e38, np.float32)
     kv[:, ::2] = -3e38
-    _, values = window_at_once(SMALL_SHAPES[0], implementation, kv, 0 * kv, device)
+    _, values = window_at_once(SMALL_KINDS[0], implementation, kv, 0 * kv, device)
     assert np.all(np.abs(values) < 1e38)
 
 
-@pytest.mark.parametrize("shape", SMALL_SHAPES, ids=lambda shape: f"R{shape.compress_ratio}")
-def test_ten_thousand_random_steps_with_rewinds_equal_raw(shape, device):
+@pytest.mark.parametrize("kind", SMALL_KINDS, ids=str)
+def test_ten_thousand_random_steps_with_rewinds_equal_raw(kind, device):
     """|kv| is at most 1, and so is every value: within 2e-6 of that."""
     steps = 10_000
-    ratio, batch, next_n, page_size, max_pages = shape.compress_ratio, 4, 4, 16, 33
-    state_dim = shape.head_dim * (1 + shape.overlap)
+    ratio, batch, next_n, page_size, max_pages = kind.compress_ratio, 4, 4, 16, 33
+    state_dim = kind.state_dim
     rng = np.random.default_rng(0)
     tables = rng.permutation(batch * max_pages).astype(np.int32).reshape(batch, max_pages)
     ape = rng.standard_normal((ratio, state_dim)).astype(np.float32)
-    options = {"head_dim": shape.head_dim, "compress_ratio": ratio}
+    windows = {"compress_ratio": ratio, "overlap": kind.overlap}
     states = [
-        init_state(batch * max_pages, page_size, **options, format=format)
+        init_state(batch * max_pages, page_size, head_dim=kind.head_dim, **windows, format=format)
         for format in ("raw", "prefix")
     ]
 
@@ -202,7 +196,7 @@ def test_ten_thousand_random_steps_with_rewinds_equal_raw(shape, device):
                 tables,
                 lengths + q_lens,
                 q_lens=q_lens,
-                compress_ratio=ratio,
+                **windows,
                 out_dtype=jnp.float32,
                 implementation="ffi",
             )
@@ -230,15 +224,9 @@ def test_ten_thousand_random_steps_with_rewinds_equal_raw(shape, device):
 # ----------------------------------------------------------------------------------- raw_to_prefix
 
 CONVERTED = tuple(  # one request of each length below batch
-    cases.Case(
-        shape.head_dim,
-        shape.compress_ratio,
-        batch - 1,
-        cases.DTypes("bfloat16", "float32", "float32"),
-        batch=batch,
-        page_size=6,
-    )
-    for shape, batch in zip(SMALL_SHAPES, (14, 131), strict=True)
+    cases.case_of(kind, batch - 1, cases.BF16_IN_F32_STATE, batch=batch, page_size=6)
+    for kind in SMALL_KINDS
+    for batch in (max(14, kind.compress_ratio + 3),)
 )
 
 
@@ -252,7 +240,10 @@ def of_every_length(case):
 def convert(case, state, operands, implementation, device):
     tables, kv_lens = (operands.kv_tables, operands.score_tables), operands.kv_lens
     program = functools.partial(
-        raw_to_prefix, compress_ratio=case.ratio, implementation=implementation
+        raw_to_prefix,
+        compress_ratio=case.ratio,
+        overlap=case.overlap,
+        implementation=implementation,
     )
     converted = jax.jit(program)(*jax.device_put((state, tables, kv_lens), device))
     assert converted.format == "prefix"
@@ -283,15 +274,14 @@ def test_a_converted_state_is_that_of_a_run_in_prefixes(case, implementation, de
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
-@pytest.mark.parametrize("shape", SMALL_SHAPES, ids=lambda shape: f"R{shape.compress_ratio}")
-def test_decoding_goes_on_in_prefixes(shape, dtype, implementation, device):
+@pytest.mark.parametrize("kind", SMALL_KINDS, ids=str)
+def test_decoding_goes_on_in_prefixes(kind, dtype, implementation, device):
     """From a state of any raw dtype, with inactive slots, pages that are shared and pages that are
     nowhere: as in format raw from the same rows.
     """
-    ratio = shape.compress_ratio
-    case = cases.Case(
-        shape.head_dim, ratio, ratio, cases.DTypes("float32", dtype, "float32"), max_len=3 * ratio
-    )
+    ratio = kind.compress_ratio
+    dtypes = cases.DTypes("float32", dtype, "float32")
+    case = cases.case_of(kind, ratio, dtypes, max_len=3 * ratio)
     operands = cases.make_operands(case)
     operands.kv_lens = np.resize([0, -3, ratio + 1, 2 * ratio - 1, 2 * ratio], case.batch)
     operands.kv_lens = operands.kv_lens.astype(np.int32)
@@ -362,46 +352,3 @@ def test_raw_to_prefix_serves_empty_dimensions(empty):
     tables = jnp.zeros((sizes["batch"], sizes["max_pages"]), jnp.int32)
     got = raw_to_prefix(state, tables, jnp.full(sizes["batch"], 3, jnp.int32), compress_ratio=4)
     np.testing.assert_array_equal(got.kv, state.kv)
-
-
-# ------------------------------------------------------------------------------------------- pages
-
-
-@pytest.mark.parametrize(
-    ("page_size", "ratio", "next_n", "raw", "prefix"),
-    [
-        (32, 128, 1, 4, 2),
-        (32, 128, 4, 5, 2),
-        (4, 128, 4, 33, 2),
-        (1, 128, 1, 128, 2),
-        (128, 128, 1, 1, 1),
-        (32, 4, 4, 2, 2),
-        (4, 4, 4, 3, 3),
-        (1, 4, 1, 8, 3),
-    ],
-)
-def test_prefixes_need_fewer_pages(page_size, ratio, next_n, raw, prefix):
-    """``test_main.py`` has runs with no more pages than these, and NaN in all others."""
-    for format, want in (("raw", raw), ("prefix", prefix)):
-        options = {"compress_ratio": ratio, "next_n": next_n, "format": format}
-        assert pages_needed(page_size, **options) == want
-        live = [live_pages(length, page_size, **options) for length in range(4 * ratio * page_size)]
-        assert max(map(len, live)) == want
-        for length, pages in enumerate(live):
-            written = range(length // page_size, (length + next_n - 1) // page_size + 1)
-            assert pages == sorted(set(pages)) and set(written) <= set(pages)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("length", -1), ("page_size", 0), ("next_n", 0), ("compress_ratio", 5), ("format", "both")],
-)
-def test_page_counts_name_a_wrong_argument(name, value):
-    good = {"length": 3, "page_size": 8, "next_n": 1, "compress_ratio": 4, "format": "raw"}
-    arguments = good | {name: value}
-    with pytest.raises(ValueError, match=f"^{name}: expected "):
-        live_pages(**arguments)
-    arguments.pop("length")
-    if name != "length":
-        with pytest.raises(ValueError, match=f"^{name}: expected "):
-            pages_needed(**arguments)

@@ -1,6 +1,5 @@
 """jit, vmap, scan and the like; and that a donated state is updated where it is."""
 
-import dataclasses
 import functools
 import itertools
 import os
@@ -17,12 +16,11 @@ import pytest
 from cases import OPERAND_NAMES
 from checks import STATE, Results, arguments, check_results, donating, run, step_of
 
-from jax_dsv4 import layer_tables
-from jax_dsv4._ffi import TARGET_NAME
+from jax_dsv4.decode import DECODE
 
 
 def count_calls(text):
-    return len(re.findall(rf"custom_call @{TARGET_NAME}\b", text))
+    return len(re.findall(rf"custom_call @{DECODE.target}\b", text))
 
 
 # ------------------------------------------------------------------------------------------- vmap
@@ -271,20 +269,6 @@ def layers(step, kv_score, pools, *rest):
     return [pools for pools, _ in results], sum(kv_comp for _, kv_comp in results)
 
 
-NUM_LAYERS = 4
-
-
-def scan_over_layers(step, kv_score, pools, ape, kv_tables, score_tables, *lens):
-    """The pool holds NUM_LAYERS layers, stacked in the page dimension."""
-    num_pages = pools[0].shape[0] // NUM_LAYERS
-
-    def layer(pools, index):
-        tables = layer_tables((kv_tables, score_tables), index, num_pages=num_pages)
-        return one_call(step, kv_score, pools, ape, *tables, *lens)
-
-    return jax.lax.scan(layer, pools, jnp.arange(NUM_LAYERS))
-
-
 def compiled_with_pools(program, num_layers, device, case=cases.DONATED, **jit_options):
     """The program, compiled for a donated state -> (statistics, copies of a pool in it)."""
     sharding = jax.sharding.SingleDeviceSharding(device)
@@ -302,7 +286,7 @@ def compiled_with_pools(program, num_layers, device, case=cases.DONATED, **jit_o
 
 @pytest.mark.parametrize(
     ("program", "num_layers"),
-    [(one_call, 1), (two_calls, 1), (scan, 1), (scan_over_layers, 1), (layers, 4)],
+    [(one_call, 1), (two_calls, 1), (scan, 1), (layers, 4)],
 )
 @pytest.mark.parametrize("case", cases.in_formats([cases.DONATED]), ids=str)
 def test_a_donated_state_is_not_copied(case, program, num_layers, device):
@@ -312,28 +296,6 @@ def test_a_donated_state_is_not_copied(case, program, num_layers, device):
     assert not copies
     assert memory.alias_size_in_bytes >= num_layers * state_bytes
     assert memory.temp_size_in_bytes < state_bytes / 10
-
-
-@pytest.mark.parametrize(
-    "case",
-    cases.in_formats([cases.Case(128, 4, 4, cases.F32_IN_BF16_STATE, "bad_pages")]),
-    ids=str,
-)
-def test_layers_stacked_in_one_pool_equal_layers_apart(case, device):
-    operands_at = [cases.make_operands(case, seed) for seed in range(NUM_LAYERS)]
-    first = operands_at[0]
-    stacked = dataclasses.replace(
-        first,
-        kv=np.concatenate([layer.kv for layer in operands_at]),
-        score=np.concatenate([layer.score for layer in operands_at]),
-    )
-    kv_score, ape, kv, score, *rest = arguments(stacked, device)
-    program = jax.jit(functools.partial(scan_over_layers, step_of(case, "ffi")))
-    (kv, score), kv_comps = program(kv_score, (kv, score), ape, *rest)
-    for i, layer in enumerate(operands_at):
-        alone = run(case, dataclasses.replace(first, kv=layer.kv, score=layer.score), "ffi", device)
-        pages = slice(i * case.num_pages, (i + 1) * case.num_pages)
-        check_results(Results(*map(np.asarray, (kv[pages], score[pages], kv_comps[i]))), alone)
 
 
 def test_a_state_that_is_kept_is_copied_once(device):

@@ -1,4 +1,4 @@
-"""The decode operation in plain jnp: the definition that the compiled kernels are held to."""
+"""The decode operation in plain jnp."""
 
 from __future__ import annotations
 
@@ -9,64 +9,57 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-
-def find_rows(table: Array, positions: Array, num_pages: int, page_size: int):
-    """(page, slot) of each position in a request's ``table``; page is ``num_pages`` for nowhere."""
-    logical = positions // page_size
-    page = table.at[logical].get(mode="fill", fill_value=-1, wrap_negative_indices=False)
-    exists = (positions >= 0) & (page >= 0) & (page < num_pages)
-    return jnp.where(exists, page, num_pages), positions % page_size
-
-
-def read_rows(pool: Array, tables: Array, positions: Array) -> Array:
-    """The rows of ``pool`` at ``positions`` [B, rows] -> [B, rows, S]; 0 where nowhere."""
-    if 0 in (*pool.shape, *tables.shape):
-        return jnp.zeros((*positions.shape, pool.shape[-1]), pool.dtype)
-    find = partial(find_rows, num_pages=pool.shape[0], page_size=pool.shape[1])
-    page, slot = jax.vmap(find)(tables, positions)
-    return pool.at[page, slot].get(mode="fill", fill_value=0)
+from jax_dsv4.reference.paging import pool_of
 
 
 @partial(jax.jit, static_argnames=("compress_ratio", "overlap", "state_format", "out_dtype"))
 def paged_kv_compress(
+    kv_score: Array,
+    new_score: Array,
+    ape: Array,
     kv: Array,
     score: Array,
-    kv_score: Array,
-    ape: Array,
     kv_tables: Array,
     score_tables: Array,
     kv_lens: Array,
     q_lens: Array,
+    layer: Array,
     *,
     compress_ratio: int,
     overlap: bool,
     state_format: str,
     out_dtype: DTypeLike,
 ) -> tuple[Array, Array, Array]:
-    """One decode step. Shapes as in ``jax_dsv4.paged_kv_compress``; returns (kv, score, kv_comp).
+    """One decode step -> (kv_comp, kv, score); operands in the order of the custom call.
 
-    ``ape`` is ``[0, S]`` for no bias, ``q_lens`` is ``[0]`` for all rows.
+    Shapes as in ``jax_dsv4.paged_kv_compress``, and empty arrays for what is not given:
+    ``new_score`` (then the second half of ``kv_score``), ``ape`` ``[0, S]``, ``q_lens`` ``[0]``,
+    ``layer`` ``[0]``.
     """
-    ratio = compress_ratio
-    num_pages, page_size, state_dim = kv.shape
+    ratio, state_shape = compress_ratio, kv.shape
     batch, next_n, _ = kv_score.shape
+    state_dim = state_shape[-1]
     head_dim = state_dim // 2 if overlap else state_dim
     num_windows = -(-next_n // ratio)
-    if 0 in (batch, num_pages, kv_tables.shape[1]):  # every row is nowhere, and jnp gathers none
-        return kv, score, jnp.zeros((batch, num_windows, head_dim), out_dtype)
-    find = jax.vmap(partial(find_rows, num_pages=num_pages, page_size=page_size))
+    if 0 in (batch, kv.size, kv_tables.shape[1]):  # every row is nowhere, and jnp gathers none
+        return jnp.zeros((batch, num_windows, head_dim), out_dtype), kv, score
+    kv, pool = pool_of(kv, layer)
+    score, _ = pool_of(score, layer)
 
     n = jnp.clip(q_lens, 0, next_n) if q_lens.size else jnp.full_like(kv_lens, next_n)
     active = (kv_lens > 0) & (n > 0)
+    if layer.size:
+        active &= (layer >= 0) & (layer < state_shape[0])
     first_position = jnp.where(active, kv_lens - n, 0)
 
     # The new rows, and the places of those that are real; the others go nowhere.
     t = jnp.arange(next_n, dtype=jnp.int32)
     positions = jnp.where((t < n[:, None]) & active[:, None], first_position[:, None] + t, -1)
-    new_kv, new_score = jnp.split(kv_score.astype(jnp.float32), 2, axis=-1)
+    parts = (kv_score, new_score) if new_score.size else jnp.split(kv_score, 2, axis=-1)
+    new_kv, new_score = (x.astype(jnp.float32) for x in parts)
     if ape.size:
         new_score += ape[positions % ratio]
-    kv_at, score_at = find(kv_tables, positions), find(score_tables, positions)
+    kv_at, score_at = pool.find_rows(kv_tables, positions), pool.find_rows(score_tables, positions)
 
     # The windows that this step completes, oldest first.
     window = jnp.maximum(first_position, 0)[:, None] // ratio
@@ -78,11 +71,11 @@ def paged_kv_compress(
 
     def read(kv: Array, score: Array, positions: Array, columns: slice = slice(None)):
         """The rows at ``positions`` in f32, 0 and -inf where nowhere. [*positions, columns]"""
-        kv_page, kv_slot = find(kv_tables, positions.reshape(batch, -1))
-        score_page, score_slot = find(score_tables, positions.reshape(batch, -1))
+        kv_page, kv_slot = pool.find_rows(kv_tables, positions.reshape(batch, -1))
+        score_page, score_slot = pool.find_rows(score_tables, positions.reshape(batch, -1))
         kv_rows = kv[:, :, columns].at[kv_page, kv_slot].get(mode="fill", fill_value=0)
         score_rows = score[:, :, columns].at[score_page, score_slot].get(mode="fill", fill_value=0)
-        exists = ((kv_page < num_pages) & (score_page < num_pages))[..., None]
+        exists = ((kv_page < pool.nowhere) & (score_page < pool.nowhere))[..., None]
         kv_rows = jnp.where(exists, kv_rows.astype(jnp.float32), 0)
         score_rows = jnp.where(exists, score_rows.astype(jnp.float32), -jnp.inf)
         shape = (*positions.shape, -1)
@@ -114,7 +107,7 @@ def paged_kv_compress(
     else:
         # The prefix before the step, and after each new row.
         before = read(kv, score, first_position - 1)
-        exists = (kv_at[0] < num_pages) & (score_at[0] < num_pages)
+        exists = (kv_at[0] < pool.nowhere) & (score_at[0] < pool.nowhere)
         starts = positions % ratio == 0
         means, lses = _scan_prefixes(before, (new_kv, new_score), exists, starts)
 
@@ -133,11 +126,12 @@ def paged_kv_compress(
             mean, lse = _merge(last_of(window - 1, to_next), (mean, lse))
         value = jnp.where(lse == -jnp.inf, 0, mean)
         kv, score = write(kv, score, means, lses)
-    return kv, score, jnp.where(completed[..., None], value, 0).astype(out_dtype)
+    kv_comp = jnp.where(completed[..., None], value, 0).astype(out_dtype)
+    return kv_comp, kv.reshape(state_shape), score.reshape(state_shape)
 
 
 def _merge(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
-    """(mean, lse) of the rows of both: ``merge`` in ``ffi/numeric.h``, which says why so."""
+    """(mean, lse) of the rows of both: ``merge`` in ``ffi/prefix.h``, which says why so."""
     (a_mean, a_lse), (b_mean, b_lse) = a, b
     difference = b_lse - a_lse
     ratio = jnp.exp(-jnp.fmin(jnp.abs(difference), 200))

@@ -1,33 +1,42 @@
 // The reduction of R = 128 that this project started from, TensorRT-LLM's, kept to be measured
-// against. After the new rows have gone through memory and a barrier, a warp takes the rows of its
-// share one after another: divides the position by the page size, looks up the page, loads the row
-// and updates a running softmax, with two expf per element. Then one warp merges the shares. With
-// one warp, and shared by four. Beyond what is released, rows that are nowhere are left out,
-// without a branch in that loop, which would cost a third more.
-
+// against: by one warp per slice of columns, and shared by four. Device code and its launch.
+//
+// Grid: x = requests x slices of 128 columns, z = groups. A lane holds 4 columns. The first warp
+// stores the new rows, which go through memory and a barrier. Then each warp takes the rows of its
+// share one after another: it divides the position by the page size, looks up the page, loads the
+// row and updates a running softmax, with two expf per element. At the end one warp merges the
+// shares. Beyond what is released, rows that are nowhere are left out, without a branch in that
+// loop, which would cost a third more.
 #pragma once
 
-#include "decode.cuh"
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "config.h"
+#include "decode.h"
+#include "decode_raw.cuh"
+#include "numeric.h"
+#include "vector.cuh"
 
 namespace jax_dsv4 {
 
 // One window per step and request at most: it would read back rows that another CTA stores.
-template <class Config, class Geometry>
-__global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads)
+template <class Config, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps)
     row_at_a_time_kernel(const __grid_constant__ DecodeParams p) {
-  using T = Tile<Config, Geometry>;
   using State = typename Config::State;
   using Out = typename Config::Out;
-  constexpr int kMost = Config::kHeadDim / 32, kVector = T::kVector < kMost ? T::kVector : kMost;
+  constexpr int kVector = 4, kSlices = Config::kHeadDim / (32 * kVector);
+  constexpr int S = Config::kStateDim, kShare = Config::kReducedRows / kWarps;
+  static_assert(!Config::kOverlap && kShare * kWarps == Config::kReducedRows,
+                "row at a time: windows are disjoint, and shared evenly");
   using Floats = Vector<float, kVector>;
-  constexpr int S = Config::kStateDim, kShare = Config::kReducedRows / Geometry::kWarps;
-  static_assert(!Config::kOverlap && T::kSlices * 32 * kVector == Config::kHeadDim);
-  __shared__ Floats shared_max[Geometry::kWarps][32], shared_sum[Geometry::kWarps][32],
-      shared_weighted[Geometry::kWarps][32];
+  __shared__ Floats shared_max[kWarps][32], shared_sum[kWarps][32], shared_weighted[kWarps][32];
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const uint32_t index = blockIdx.x / T::kSlices;
-  const int column = (blockIdx.x % T::kSlices * 32 + lane) * kVector;
+  const uint32_t index = blockIdx.x / kSlices;
+  const int column = (blockIdx.x % kSlices * 32 + lane) * kVector;
   const Request<Config> r = request_at<Config>(p, blockIdx.z, index);
   State* const kv = static_cast<State*>(p.kv) + column;
   State* const score = static_cast<State*>(p.score) + column;
@@ -45,7 +54,7 @@ __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads)
   for (int t = 0; t < r.num_new && warp == 0; ++t) {
     const int position = r.first_position + t;
     if (position < 0) continue;
-    NewVector<Config, kVector> row(r, t, column);
+    NewVector<Config, kVector> row(p, r, t, column);
     row.load_bias(r, position, column);
     const int64_t kv_at = find_row(r.kv_table, position);
     const int64_t score_at = find_row(r.score_table, position);
@@ -61,7 +70,10 @@ __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads)
 
   Floats max, sum, weighted;
 #pragma unroll
-  for (int v = 0; v < kVector; ++v) max.x[v] = kNegInf, sum.x[v] = weighted.x[v] = 0;
+  for (int v = 0; v < kVector; ++v) {
+    max.x[v] = kNegInf;
+    sum.x[v] = weighted.x[v] = 0;
+  }
   const auto add = [&](int v, float other_max, float other_sum, float other_weighted) {
     const float highest = fmaxf(max.x[v], other_max);
     const float scale = expf(max.x[v] - finite(highest));
@@ -88,7 +100,7 @@ __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads)
   shared_weighted[warp][lane] = weighted;
   __syncthreads();  // every warp's share, before the first merges them
   if (warp != 0) return;
-  for (int other = 1; other < Geometry::kWarps; ++other) {
+  for (int other = 1; other < kWarps; ++other) {
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       add(v, shared_max[other][lane].x[v], shared_sum[other][lane].x[v],
@@ -100,6 +112,12 @@ __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads)
     value.x[v] = round_to<Out>(sum.x[v] == 0 ? 0.0f : weighted.x[v] / sum.x[v]);
   }
   store(out, value);
+}
+
+template <class Config, int kWarps>
+void launch_row_at_a_time(cudaStream_t stream, const DecodeParams& p) {
+  const dim3 grid(p.batch * (Config::kHeadDim / 128), 1, p.num_groups);
+  row_at_a_time_kernel<Config, kWarps><<<grid, 32 * kWarps, 0, stream>>>(p);
 }
 
 }  // namespace jax_dsv4

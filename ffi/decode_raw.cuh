@@ -1,4 +1,4 @@
-// The decode operation on an NVIDIA GPU: device code only.
+// The decode operation on a raw state, on an NVIDIA GPU: device code only.
 //
 // Grid: x = requests x CTAs of a request, y = windows, z = groups. Of a request's CTAs, the first
 // kSlices reduce, each one window over a slice of kColumns channels, and store its new rows unless
@@ -7,29 +7,27 @@
 //
 // The threads of a CTA that reduces form kRowGroups, of kLanes lanes; a lane holds 16 bytes of a
 // row. A row group takes one of the window's new rows from kv_score, rounded as it is stored, so
-// that nothing waits for a store; then its stored rows, neighbours on one page, kRowsPerStep in
-// flight at a time:
+// that nothing waits for a store; then its stored rows, neighbours on one page, kRowsInFlight at a
+// time:
 //   value[d] = sum_i softmax_i(score[i, d]) kv[i, d].
 // The row groups are merged through shared memory.
 // Bytes: 2 kReducedRows D per completed window and 4 S per new row (half of it read), elements.
 //
-// Short work at the end of a chain of loads, kv_len -> page -> row: the time that is not memory's
-// goes to single instructions. Hence little code, one lookup per lane, and every load of a link of
-// the chain on its way before the first wait.
+// Small batches are latency-bound: kv_len -> page -> row are three dependent loads. Every load of
+// one link is issued before any is waited for; instructions are few, with one lookup per lane.
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "config.h"
 #include "decode.h"
 #include "numeric.h"
 #include "paging.h"
+#include "vector.cuh"
 
 namespace jax_dsv4 {
-
-constexpr int min_of(int a, int b) { return a < b ? a : b; }
-constexpr int max_of(int a, int b) { return a > b ? a : b; }
 
 // What follows from a configuration and a geometry, for the kernel and its launch.
 template <class Config, class Geometry>
@@ -37,63 +35,35 @@ struct Tile {
   using State = typename Config::State;
   static constexpr int kThreads = 32 * Geometry::kWarps;
   static constexpr int kVector = 16 / sizeof(State);  // channels per lane
-  static constexpr int kLanes = min_of(Geometry::kLanes, Config::kHeadDim / kVector);
+  static constexpr int kLanes = std::min(Geometry::kLanes, Config::kHeadDim / kVector);
   static constexpr int kColumns = kLanes * kVector;
   static constexpr int kSlices = Config::kHeadDim / kColumns;
   static constexpr int kRowGroups = kThreads / kLanes;
   static constexpr int kRowsPerLane = Config::kReducedRows / kRowGroups;
-  static constexpr int kRowsPerStep = min_of(Geometry::kRowsPerStep, kRowsPerLane);
+  static constexpr int kRowsInFlight = std::min(Geometry::kRowsInFlight, kRowsPerLane);
   // More channels per lane take more registers.
-  static constexpr int kMinCtas = max_of(Geometry::kMinCtas - (kVector > 4 ? 1 : 0), 1);
+  static constexpr int kMinCtas = std::max(Geometry::kMinCtas - (kVector > 4 ? 1 : 0), 1);
   // Channels per lane of a warp that stores a row.
-  static constexpr int kRowVector = min_of(kVector, Config::kStateDim / 32);
+  static constexpr int kRowVector = std::min(kVector, Config::kStateDim / 32);
   // Threads that merge one column, and the distance of the row groups' partial results, such that
   // the threads of a warp read different banks.
-  static constexpr int kMergers = max_of(min_of(kThreads / kColumns, 4), 1);
-  static constexpr int kPartialStride = 3 * kColumns + max_of(32 / kMergers, 4);
+  static constexpr int kMergers = std::max(std::min(kThreads / kColumns, 4), 1);
+  static constexpr int kPartialStride = 3 * kColumns + std::max(32 / kMergers, 4);
 
-  static_assert(kColumns * kSlices == Config::kHeadDim);
-  static_assert(kRowsPerLane * kRowGroups == Config::kReducedRows);
-  static_assert(kRowsPerLane % kRowsPerStep == 0 && Config::kRatio % kRowsPerLane == 0);
+  static_assert(kColumns * kSlices == Config::kHeadDim, "a geometry's slices must fill head_dim");
+  static_assert(kRowsPerLane * kRowGroups == Config::kReducedRows,
+                "a geometry's row groups must share a window's rows evenly");
+  static_assert(kRowsPerLane % kRowsInFlight == 0 && Config::kRatio % kRowsPerLane == 0,
+                "a lane's rows must be whole rounds of kRowsInFlight, and of one window");
 };
 
-template <class T, int kSize>
-struct alignas(sizeof(T) * kSize < 16 ? sizeof(T) * kSize : 16) Vector {
-  T x[kSize];
-};
-
-template <class T, int kSize>
-__device__ __forceinline__ Vector<T, kSize> load(const T* source) {
-  return *reinterpret_cast<const Vector<T, kSize>*>(source);
-}
-
-template <class T, int kSize>
-__device__ __forceinline__ void store(T* target, const Vector<T, kSize>& value) {
-  *reinterpret_cast<Vector<T, kSize>*>(target) = value;
-}
-
-// 16 bytes that nothing on this SM reads again.
-template <class T, int kSize>
-__device__ __forceinline__ Vector<T, kSize> load_once(const T* source) {
-  static_assert(sizeof(T) * kSize == 16);
-  union {
-    uint32_t words[4];
-    Vector<T, kSize> vector;
-  } u;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(u.words[0]), "=r"(u.words[1]), "=r"(u.words[2]), "=r"(u.words[3])
-               : "l"(source));
-  return u.vector;
-}
-
-// Has a request's tables come nearer while its length is on its way: a sector of 8 entries per
-// thread. Only a hint: what is beyond those sectors is looked up all the same.
+// Prefetches a request's tables while its length is loaded: a sector of 8 entries per thread.
+// Entries past those sectors are looked up all the same.
 __device__ __forceinline__ void prefetch_tables(const DecodeParams& p, uint32_t group,
                                                 uint32_t index) {
   const uint32_t entry = 8 * threadIdx.x;
   const auto prefetch = [&](const int32_t* tables, uint32_t stride) {
-    const int32_t* table = tables + uint64_t{group * stride + index} * p.paging.max_pages;
-    asm volatile("prefetch.global.L1 [%0];" ::"l"(table + entry));
+    prefetch_l1(tables + uint64_t{group * stride + index} * p.paging.max_pages + entry);
   };
   if (entry >= p.paging.max_pages) return;
   prefetch(p.kv_tables, p.kv_tables_stride);
@@ -105,14 +75,17 @@ __device__ __forceinline__ float quotient(float weighted, float sum) {
   return sum == 0 ? 0.0f : fast_quotient(weighted, sum);
 }
 
-// A softmax-weighted sum over some of the rows, per channel, relative to their own maximum.
+// A softmax-weighted sum over some of a window's rows, per channel, relative to their own maximum.
 template <int kSize>
 struct Partial {
   Vector<float, kSize> max, sum, weighted;
 
   __device__ Partial() {
 #pragma unroll
-    for (int v = 0; v < kSize; ++v) max.x[v] = kNegInf, sum.x[v] = weighted.x[v] = 0;
+    for (int v = 0; v < kSize; ++v) {
+      max.x[v] = kNegInf;
+      sum.x[v] = weighted.x[v] = 0;
+    }
   }
 
   template <class State, int kRows>
@@ -138,7 +111,7 @@ struct Partial {
   }
 };
 
-// A vector of a new row, as kv_score has it and as it is stored.
+// A vector of a new row, as it was projected and as it is stored.
 template <class Config, int kSize>
 struct NewVector {
   using State = typename Config::State;
@@ -149,12 +122,12 @@ struct NewVector {
   Vector<float, kSize> bias;
 
   NewVector() = default;
-  // Of row t < next_n, from channel `from` of the state on. Where the row is does not depend on the
-  // request's length; its bias does.
-  __device__ NewVector(const Request<Config>& r, int t, int from) {
-    const KvScore* row = r.kv_score + int64_t{t} * (2 * S) + from;
-    kv_in = load<KvScore, kSize>(row);
-    score_in = load<KvScore, kSize>(row + S);
+  // Loads row t < next_n from channel `from` of the state on. This does not depend on the request's
+  // length; the bias does.
+  __device__ NewVector(const DecodeParams& p, const Request<Config>& r, int t, int from) {
+    const int64_t offset = int64_t{t} * p.new_row_size + from;
+    kv_in = load<KvScore, kSize>(r.new_kv + offset);
+    score_in = load<KvScore, kSize>(r.new_score + offset);
 #pragma unroll
     for (int v = 0; v < kSize; ++v) bias.x[v] = -0.0f;  // adding +0 would lose a -0
   }
@@ -178,13 +151,13 @@ struct NewVector {
   }
 };
 
-// Whether the CTAs that reduce a window store its new rows: they have them, each its own columns.
-// Where windows overlap, a row belongs to two of them.
+// Whether the CTAs that reduce a window also store its new rows, of which each holds its own
+// columns. Not where windows overlap: a row then belongs to two windows.
 template <class Config>
 inline constexpr bool kReducersStore = !Config::kOverlap;
 
-// By a warp: stores row t of a request, unless a reducer does. If it is the first of the R rows
-// that go with a window of the output, and the step does not complete that window, its zeros, too.
+// Stores row t of a request by one warp, unless a reducer does. The warp of every R-th row also
+// stores the zeros of one row of the output, if no completed window goes there.
 template <class Config, int kVector>
 __device__ void write_row(const DecodeParams& p, const Request<Config>& r, int t,
                           typename Config::Out* out) {
@@ -206,11 +179,11 @@ __device__ void write_row(const DecodeParams& p, const Request<Config>& r, int t
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int column = (32 * i + lane) * kVector;
-    row[i] = NewVector<Config, kVector>(r, t, column);
+    row[i] = NewVector<Config, kVector>(p, r, t, column);
     row[i].load_bias(r, position, column);
   }
-  const uint32_t kv_row = r.row_of(p.paging, kv_entry);
-  const uint32_t score_row = r.row_of(p.paging, score_entry);
+  const uint32_t kv_row = r.row_at(p.paging, kv_entry);
+  const uint32_t score_row = r.row_at(p.paging, score_entry);
   State* kv = static_cast<State*>(p.kv) + uint64_t{kv_row} * S;
   State* score = static_cast<State*>(p.score) + uint64_t{score_row} * S;
 #pragma unroll
@@ -260,7 +233,7 @@ struct WindowReducer {
                                                                 : column;
   }
 
-  // What has been loaded of one of the window's new rows.
+  // One of the window's new rows, and where it is stored.
   struct NewRow {
     bool exists = false;
     NewVector<Config, T::kVector> vector;
@@ -269,11 +242,11 @@ struct WindowReducer {
   __device__ NewRow load_new_row(int number) const {
     NewRow row;
     const uint32_t position = max(max(begin, r.first_position), 0) + static_cast<uint32_t>(number);
-    // Of a window that is not completed nothing is used, but its rows may not be there to load.
+    // The caller ignores rows of a window that is not completed, but these may not exist.
     if (position >= (window + 1u) * R || position - r.first_position >= r.num_new) return row;
     row.exists = true;
     const int from = column_at(position);
-    row.vector = NewVector<Config, T::kVector>(r, position - r.first_position, from);
+    row.vector = NewVector<Config, T::kVector>(p, r, position - r.first_position, from);
     row.vector.load_bias(r, position, from);
     row.kv_entry = look_up(p.paging, r.kv_table, position);
     row.score_entry = look_up(p.paging, r.score_table, position);
@@ -281,8 +254,8 @@ struct WindowReducer {
   }
   __device__ void add(const NewRow& row) {
     if (!row.exists) return;
-    const uint32_t kv_row = r.row_of(p.paging, row.kv_entry);
-    const uint32_t score_row = r.row_of(p.paging, row.score_entry);
+    const uint32_t kv_row = r.row_at(p.paging, row.kv_entry);
+    const uint32_t score_row = r.row_at(p.paging, row.score_entry);
     const StateVector kv[1] = {row.vector.kv()}, score[1] = {row.vector.score()};
     if constexpr (kReducersStore<Config>) {
       if (kv_row != kNowhere)
@@ -294,7 +267,7 @@ struct WindowReducer {
     if (kv_row != kNowhere && score_row != kNowhere) partial.add(kv, score);
   }
 
-  // This lane's stored rows: neighbours, on one page (the launch sees to it).
+  // This lane's stored rows: neighbours on one page, which the choice of a geometry ensures.
   struct StoredRows {
     int count;
     TableEntry kv_entry, score_entry;
@@ -309,34 +282,34 @@ struct WindowReducer {
     rows.score_entry = look_up(p.paging, r.score_table, max(first, 0));
     return rows;
   }
-  __device__ void find(StoredRows& rows) const {
-    const uint32_t kv_row = r.row_of(p.paging, rows.kv_entry);
-    const uint32_t score_row = r.row_of(p.paging, rows.score_entry);
+  __device__ void find_stored_rows(StoredRows& rows) const {
+    const uint32_t kv_row = r.row_at(p.paging, rows.kv_entry);
+    const uint32_t score_row = r.row_at(p.paging, rows.score_entry);
     if (kv_row == kNowhere || score_row == kNowhere) rows.count = 0;
     const int from = column_at(begin + row_group * T::kRowsPerLane);
     rows.kv = static_cast<const State*>(p.kv) + uint64_t{kv_row} * S + from;
     rows.score = static_cast<const State*>(p.score) + uint64_t{score_row} * S + from;
   }
 
-  struct Step {
-    StateVector kv[T::kRowsPerStep];
-    StateVector score[T::kRowsPerStep];
+  struct Rows {
+    StateVector kv[T::kRowsInFlight];
+    StateVector score[T::kRowsInFlight];
   };
-  __device__ static Step load_step(const StoredRows& rows, int first) {
-    Step step;
+  __device__ static Rows load_rows(const StoredRows& rows, int first) {
+    Rows loaded;
 #pragma unroll
-    for (int j = 0; j < T::kRowsPerStep; ++j) {
+    for (int j = 0; j < T::kRowsInFlight; ++j) {
 #pragma unroll
       for (int v = 0; v < T::kVector; ++v) {
-        step.score[j].x[v] = round_to<State>(kNegInf);
-        step.kv[j].x[v] = round_to<State>(0);
+        loaded.score[j].x[v] = round_to<State>(kNegInf);
+        loaded.kv[j].x[v] = round_to<State>(0);
       }
       if (first + j < rows.count) {
-        step.score[j] = load_once<State, T::kVector>(rows.score + (first + j) * S);
-        step.kv[j] = load_once<State, T::kVector>(rows.kv + (first + j) * S);
+        loaded.score[j] = load_once<State, T::kVector>(rows.score + (first + j) * S);
+        loaded.kv[j] = load_once<State, T::kVector>(rows.kv + (first + j) * S);
       }
     }
-    return step;
+    return loaded;
   }
 
   // Merges the row groups, and stores the slice's values.
@@ -393,7 +366,7 @@ __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads,
   const Request<Config> r = request_at<Config>(p, blockIdx.z, index);
   Out* out = static_cast<Out*>(p.kv_comp) +
              (int64_t{blockIdx.z} * p.batch + index) * p.num_windows * Config::kHeadDim;
-  // The unlikely branches out of the way: what is fetched in vain costs as much as what is run.
+  // The unlikely branches are moved out of line: instructions that are skipped are fetched, too.
   if (__builtin_expect(part >= T::kSlices, 0)) {
     const int t = (part - T::kSlices) * Geometry::kWarps + threadIdx.x / 32;
     if (t < p.next_n && blockIdx.y == 0) write_row<Config, T::kRowVector>(p, r, t, out);
@@ -404,9 +377,10 @@ __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads,
   WindowReducer<Config, Geometry> reducer(p, r, window, slice_column);
   auto stored = reducer.look_up_stored_rows();
   const auto new_row = reducer.load_new_row(reducer.row_group);
-  if (__builtin_expect(window >= r.end_window, 0)) return;  // only now: the lookups do not wait
-  reducer.find(stored);
-  auto rows = reducer.load_step(stored, 0);
+  if (__builtin_expect(window >= r.end_window, 0))
+    return;  // the lookups were issued without this wait
+  reducer.find_stored_rows(stored);
+  auto rows = reducer.load_rows(stored, 0);
   reducer.add(new_row);
 #pragma unroll 1
   for (int number = reducer.row_group + T::kRowGroups;; number += T::kRowGroups) {
@@ -417,8 +391,8 @@ __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads,
 #pragma unroll 1
   for (int first = 0;;) {
     reducer.partial.add(rows.kv, rows.score);
-    if ((first += T::kRowsPerStep) == T::kRowsPerLane) break;
-    rows = reducer.load_step(stored, first);
+    if ((first += T::kRowsInFlight) == T::kRowsPerLane) break;
+    rows = reducer.load_rows(stored, first);
   }
   reducer.store_merged(smem, out + int64_t{blockIdx.y} * Config::kHeadDim + slice_column);
 }

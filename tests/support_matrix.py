@@ -5,7 +5,7 @@
 
 import pathlib
 
-from jax_dsv4._config import DTYPES, SHAPES, STATE_DTYPES
+from jax_dsv4._config import DTYPES, KINDS, STATE_DTYPES
 
 PATH = pathlib.Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- support matrix -->", "<!-- /support matrix -->"
@@ -13,7 +13,7 @@ _SHORT = {"bfloat16": "bf16", "float32": "f32"}
 
 
 def support_matrix() -> str:
-    """One row per shape; per pair of operand dtypes, the dtypes that ``kv_comp`` may have. Below,
+    """One row per kind; per pair of operand dtypes, the dtypes that ``kv_comp`` may have. Below,
     the dtypes of a state by format.
     """
     operands = dict.fromkeys((dtypes.kv_score, dtypes.state) for dtypes in DTYPES)
@@ -27,12 +27,12 @@ def support_matrix() -> str:
         ["---"] * (3 + len(heads)),
         *(
             [
-                str(shape.head_dim),
-                str(shape.compress_ratio),
-                "overlapping" if shape.overlap else "disjoint",
+                str(kind.head_dim),
+                str(kind.compress_ratio),
+                "overlapping" if kind.overlap else "disjoint",
                 *outs,
             ]
-            for shape in SHAPES
+            for kind in KINDS
         ),
     ]
     formats = [

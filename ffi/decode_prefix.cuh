@@ -1,0 +1,584 @@
+// The decode operation on a state of prefixes (prefix.h), on an NVIDIA GPU: device code only.
+//
+// A step is a chain of dependent loads, kv_len -> page -> row before the step, and then the merges,
+// on few threads. What does not depend on a load is done before anything waits for that load. The
+// lanes of a warp look up one row each. Bytes: 2 S per request for the row before the step, and S
+// more where windows overlap; 4 S per new row (half of it read), elements. Completing a window adds
+// none.
+//
+// There are two kernels, for few requests and for many. A thread has one column of D, or two, in
+// both halves of a row where windows overlap. It merges in the order of the rows, with one
+// exception: the first kernel merges a window's new rows with each other before the row before the
+// step has been loaded, which rounds differently.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "config.h"
+#include "decode.h"
+#include "decode_raw.cuh"
+#include "numeric.h"
+#include "paging.h"
+#include "prefix.h"
+#include "vector.cuh"
+
+namespace jax_dsv4 {
+
+// The position of row t. It wraps around where there is no such row.
+__device__ __forceinline__ int position_of(int first_position, int t) {
+  return static_cast<int>(static_cast<uint32_t>(first_position) + t);
+}
+
+// ------------------------------------------------------------------------ for few requests
+
+// Grid: x = requests x column slices, z = groups. A warp per token, 32 columns. It serves up to
+// kTokens new rows, and few requests only, since later tokens merge again what earlier ones merge.
+template <class Config>
+struct PrefixTokenTile {
+  static constexpr int kTokens = 4;
+  static constexpr int kThreads = 32 * kTokens;
+  static constexpr int kSlices = Config::kHeadDim / 32;
+  static constexpr int kHalves = Config::kStateDim / Config::kHeadDim;
+  static constexpr int kEntries = 4 * kThreads;  // of the longest table that is copied
+  static constexpr int kWindows = (kTokens + Config::kRatio - 1) / Config::kRatio;  // completed
+  static_assert(!Config::kOverlap || kTokens <= Config::kRatio,
+                "the window before a completed one must have ended before the step");
+};
+
+// Its parameters (decode.h), in the order of use. A kernel waits for 64 bytes of them at a time,
+// and the first 16 are CUDA's own.
+struct PrefixTokenParams {
+  const int32_t* kv_lens;
+  const int32_t* q_lens;
+  const int32_t* kv_tables;
+  const int32_t* score_tables;
+  uint32_t batch;
+  int32_t next_n;
+  uint32_t per_group;  // the operands that are one per group
+  Paging paging;
+  const void* new_kv;
+  const void* new_score;
+  uint32_t new_row_size;
+  uint32_t num_layers;
+  const int32_t* layer;
+  const float* ape;
+  float* kv;
+  float* score;
+  void* kv_comp;
+  uint32_t rows_per_group;
+  uint32_t rows_per_layer;
+
+  enum PerGroup : uint32_t {
+    kNone = 0,
+    kKvLens = 1,
+    kQLens = 2,
+    kKvTables = 4,
+    kScoreTables = 8,
+    kNewKv = 16,
+    kNewScore = 32,
+    kApe = 64,
+    kLayer = 128
+  };
+  explicit PrefixTokenParams(const DecodeParams& p)
+      : kv_lens(p.kv_lens),
+        q_lens(p.q_lens),
+        kv_tables(p.kv_tables),
+        score_tables(p.score_tables),
+        batch(p.batch),
+        next_n(p.next_n),
+        per_group((p.kv_lens_stride != 0 ? kKvLens : kNone) |
+                  (p.q_lens_stride != 0 ? kQLens : kNone) |
+                  (p.kv_tables_stride != 0 ? kKvTables : kNone) |
+                  (p.score_tables_stride != 0 ? kScoreTables : kNone) |
+                  (p.new_kv_stride != 0 ? kNewKv : kNone) |
+                  (p.new_score_stride != 0 ? kNewScore : kNone) |
+                  (p.ape_stride != 0 ? kApe : kNone) | (p.layer_stride != 0 ? kLayer : kNone)),
+        paging(p.paging),
+        new_kv(p.new_kv),
+        new_score(p.new_score),
+        new_row_size(p.new_row_size),
+        num_layers(p.num_layers),
+        layer(p.layer),
+        ape(p.ape),
+        kv(static_cast<float*>(p.kv)),
+        score(static_cast<float*>(p.score)),
+        kv_comp(p.kv_comp),
+        rows_per_group(p.rows_per_group),
+        rows_per_layer(p.rows_per_layer) {}
+};
+
+// One thread's part of a step: token t of a request, in one column. kStaged: the tables are short
+// enough to be copied into shared memory while the lengths are loaded.
+template <class Config, bool kStaged>
+struct PrefixTokenStep {
+  using T = PrefixTokenTile<Config>;
+  using KvScore = typename Config::KvScore;
+  using Out = typename Config::Out;
+  static constexpr int R = Config::kRatio, S = Config::kStateDim, D = Config::kHeadDim;
+  static constexpr int kHalves = T::kHalves, kTokens = T::kTokens, kEntries = T::kEntries;
+
+  struct SharedPlan {
+    int32_t kv_table[kStaged ? kEntries : 1], score_table[kStaged ? kEntries : 1];
+    float biases[kTokens][kHalves][T::kThreads];  // a thread reads what it has copied
+    float before_lse[T::kThreads], before_mean[T::kThreads];
+  };
+
+  const PrefixTokenParams& p;
+  SharedPlan& smem;
+  const uint32_t index = blockIdx.x / T::kSlices, group = blockIdx.z;
+  const int lane = threadIdx.x % 32, t = threadIdx.x / 32;
+  const int column = blockIdx.x % T::kSlices * 32 + lane;
+  uint32_t of_group, per_group;
+
+  // 1.
+  int32_t length, q_len;
+  // 2.
+  const int32_t* kv_table;
+  const int32_t* score_table;
+  bool one_table;
+  // 3.
+  uint32_t layer;
+  NewVector<Config, 1> rows[kTokens][kHalves];
+  float *kv, *score;
+  const float* ape;
+  // 4.
+  int num_new, first_position, token, begin;  // begin: of the token's window
+  bool completes;
+  // 5.
+  uint32_t kv_row, score_row;
+  // 6.
+  Prefix open[kHalves];
+  bool has_before = false;
+  // 7.
+  Prefix merged[kHalves];
+
+  __device__ PrefixTokenStep(const PrefixTokenParams& p, SharedPlan& smem) : p(p), smem(smem) {
+    of_group = group * p.batch;
+    per_group = p.per_group;
+    keep_in_registers(of_group, per_group);
+  }
+
+  __device__ uint32_t index_in(PrefixTokenParams::PerGroup operand) const {
+    return (per_group & operand ? of_group : 0) + index;
+  }
+  __device__ Out* out() const {
+    const uint32_t request = group * p.batch + index;
+    const uint32_t num_windows = T::kWindows == 1 ? 1 : (p.next_n + R - 1u) / R;
+    return static_cast<Out*>(p.kv_comp) + uint64_t{request} * num_windows * D + column;
+  }
+  __device__ void store_zeros(int first) const {
+    const int num_windows = T::kWindows == 1 ? 1 : (p.next_n + R - 1) / R;
+    for (int m = first; m < num_windows; ++m) out()[m * D] = round_to<Out>(0);
+  }
+
+  __device__ void load_lengths() {
+    length = load_if(true, p.kv_lens + index_in(p.kKvLens), 0);
+    q_len = load_if(p.q_lens != nullptr, p.q_lens + index_in(p.kQLens), p.next_n);
+    __syncwarp();
+  }
+
+  __device__ void copy_tables() {
+    kv_table = p.kv_tables + uint64_t{index_in(p.kKvTables)} * p.paging.max_pages;
+    score_table = p.score_tables + uint64_t{index_in(p.kScoreTables)} * p.paging.max_pages;
+    one_table = p.score_tables == p.kv_tables;
+    if constexpr (kStaged) {
+#pragma unroll
+      for (int i = 0; i < kEntries; i += T::kThreads) {
+        const bool exists = i + threadIdx.x < p.paging.max_pages;
+        copy_if(exists, &smem.kv_table[i + threadIdx.x], kv_table + threadIdx.x + i);
+        copy_if(exists && !one_table, &smem.score_table[i + threadIdx.x],
+                score_table + threadIdx.x + i);
+      }
+    } else {
+      const uint32_t entry = 8 * threadIdx.x;  // a sector of 8 entries per thread
+      prefetch_l2_if(entry < p.paging.max_pages, kv_table + entry);
+      prefetch_l2_if(entry < p.paging.max_pages && !one_table, score_table + entry);
+    }
+    commit_copies();
+    __syncwarp();
+  }
+
+  __device__ void load_new_rows() {
+    layer = load_if(p.layer != nullptr, p.layer + (per_group & p.kLayer ? group : 0), 0);
+    const auto first_of = [&](const void* rows, PrefixTokenParams::PerGroup operand) {
+      return opaque(static_cast<const KvScore*>(rows) +
+                    uint64_t{index_in(operand)} * static_cast<uint32_t>(p.next_n) * p.new_row_size +
+                    column);
+    };
+    const KvScore* const new_kv = first_of(p.new_kv, p.kNewKv);
+    const KvScore* const new_score = first_of(p.new_score, p.kNewScore);
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) {
+      const uint64_t offset = uint64_t{p.new_row_size} * j;
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        rows[j][half].kv_in.x[0] = load_if(j < p.next_n, new_kv + offset + half * D, KvScore{});
+        rows[j][half].score_in.x[0] =
+            load_if(j < p.next_n, new_score + offset + half * D, KvScore{});
+      }
+    }
+    kv = opaque(p.kv + column);
+    score = opaque(p.score + column);
+    ape = opaque(p.ape + uint64_t{per_group & p.kApe ? group : 0} * (R * S) + column);
+    __syncwarp();
+  }
+
+  __device__ bool is_active() {
+    num_new = min(q_len, p.next_n);
+    return min(length, num_new) > 0 && layer < p.num_layers;
+  }
+
+  // Lane j looks up the row of token j, and the next lane the row before the step. Where windows
+  // overlap, the lane after that looks up the last row of the window before this token's.
+  __device__ void look_up_rows() {
+    first_position = length - num_new;
+    token = position_of(first_position, t);
+    begin = token & -R;  // R is a power of two (config.h)
+    completes = t < num_new && token >= 0 && (token + 1) % R == 0;
+    int position = position_of(first_position, lane < kTokens ? lane : -1);
+    if (Config::kOverlap && lane == kTokens + 1) position = begin - 1;
+    const uint32_t page = static_cast<uint32_t>(position) / p.paging.page_size;
+    const uint32_t slot = position - page * p.paging.page_size.value + group * p.rows_per_group +
+                          layer * p.rows_per_layer;
+    const bool wanted =
+        (lane >= kTokens || lane < num_new) && position >= 0 && page < p.paging.max_pages;
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) {
+      const uint32_t phase = static_cast<uint32_t>(position_of(first_position, j)) % R;
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        copy_if(p.ape != nullptr, &smem.biases[j][half][threadIdx.x], ape + phase * S + half * D);
+      }
+    }
+    commit_copies();
+    int32_t kv_page = -1, score_page = -1;
+    if constexpr (!kStaged) {
+      kv_page = load_if(wanted, kv_table + page, -1);
+      score_page = load_if(wanted, score_table + page, -1);
+    }
+    __syncwarp();
+    if constexpr (kStaged) {
+      wait_for_copies<1>();
+      __syncthreads();  // the tables, before any thread looks up a row
+      const uint32_t entry = min(page, kEntries - 1u);
+      const int32_t* const staged_table = one_table ? smem.kv_table : smem.score_table;
+      const int32_t staged_kv_page = smem.kv_table[entry];
+      const int32_t staged_score_page = staged_table[entry];
+      if (wanted) kv_page = staged_kv_page, score_page = staged_score_page;
+    }
+    const auto row_at = [&](int32_t page) {
+      const auto id = static_cast<uint32_t>(page);
+      return id < p.paging.num_pages ? slot + id * p.paging.page_size.value : kNowhere;
+    };
+    kv_row = row_at(kv_page);
+    score_row = row_at(score_page);
+  }
+
+  // A row that is nowhere holds no prefix.
+  __device__ void load_rows_before() {
+    const uint32_t kv_from = __shfl_sync(~0u, kv_row, kTokens);
+    const uint32_t score_from = __shfl_sync(~0u, score_row, kTokens);
+    const bool is_open = begin < first_position && kv_from != kNowhere && score_from != kNowhere;
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      open[half].lse = load_if(is_open, score + uint64_t{score_from} * S + half * D, Prefix{}.lse);
+      open[half].mean = load_if(is_open, kv + uint64_t{kv_from} * S + half * D, Prefix{}.mean);
+    }
+    if (Config::kOverlap) {
+      const uint32_t kv_from = __shfl_sync(~0u, kv_row, kTokens + 1);
+      const uint32_t score_from = __shfl_sync(~0u, score_row, kTokens + 1);
+      has_before = completes && kv_from != kNowhere && score_from != kNowhere;
+      copy_if(has_before, &smem.before_lse[threadIdx.x], score + uint64_t{score_from} * S);
+      copy_if(has_before, &smem.before_mean[threadIdx.x], kv + uint64_t{kv_from} * S);
+      commit_copies();
+    }
+  }
+
+  // A row that is nowhere merges as one without weight; so does one of another window.
+  __device__ void merge_new_rows() {
+    const uint32_t exist = __ballot_sync(~0u, kv_row != kNowhere && score_row != kNowhere);
+    __syncwarp();
+    wait_for_copies<Config::kOverlap ? 1 : 0>();
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) {
+      const bool merges =
+          j <= t && position_of(first_position, j) >= begin && (exist >> j & 1) != 0;
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        const float bias = smem.biases[j][half][threadIdx.x];
+        rows[j][half].bias.x[0] = p.ape != nullptr ? bias : -0.0f;
+        const Prefix row{rows[j][half].score().x[0], rows[j][half].kv().x[0]};
+        const Prefix next = merges ? row : Prefix{};
+        merged[half] = j == 0 ? next : merge(merged[half], next);
+      }
+    }
+  }
+
+  __device__ void store_row() {
+    const uint32_t kv_to = __shfl_sync(~0u, kv_row, t);
+    const uint32_t score_to = __shfl_sync(~0u, score_row, t);
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      merged[half] = merge(open[half], merged[half]);
+      if (score_to != kNowhere) score[uint64_t{score_to} * S + half * D] = merged[half].lse;
+      if (kv_to != kNowhere) kv[uint64_t{kv_to} * S + half * D] = merged[half].mean;
+    }
+  }
+
+  __device__ void store_value() {
+    wait_for_copies<0>();
+    const int start = max(first_position, 0);  // of the first token that is stored
+    if (completes) {
+      Prefix window = merged[kHalves - 1];
+      if (has_before) {
+        window = merge({smem.before_lse[threadIdx.x], smem.before_mean[threadIdx.x]}, window);
+      }
+      const int m = T::kWindows == 1 ? 0 : token / R - start / R;
+      out()[m * D] = round_to<Out>(value_of(window));
+    }
+    if (t == 0 && (T::kWindows > 1 || length / R <= start / R)) {
+      store_zeros(T::kWindows == 1 ? 0 : length / R - start / R);
+    }
+  }
+};
+
+template <class Config, bool kStaged>
+__global__ void __launch_bounds__(PrefixTokenTile<Config>::kThreads)
+    prefix_token_kernel(const __grid_constant__ PrefixTokenParams p) {
+  using Step = PrefixTokenStep<Config, kStaged>;
+  __shared__ typename Step::SharedPlan smem;
+  Step step(p, smem);
+  step.load_lengths();
+  step.copy_tables();
+  step.load_new_rows();
+  if (!step.is_active()) {
+    if (step.t == 0) step.store_zeros(0);
+    wait_for_copies<0>();
+    return;
+  }
+  step.look_up_rows();
+  step.load_rows_before();
+  step.merge_new_rows();
+  step.store_row();
+  step.store_value();
+}
+
+// ------------------------------------------------------------------------ for many requests
+
+// Grid: as above, in columns of kVector. A thread goes through all tokens in order, kRowsAtOnce at
+// a time: any number of new rows.
+template <class Config>
+struct PrefixTile {
+  static constexpr int kVector = 2;
+  static constexpr int kThreads = std::min(128, Config::kHeadDim / kVector);
+  static constexpr int kSlices = Config::kHeadDim / (kVector * kThreads);
+  static constexpr int kHalves = Config::kStateDim / Config::kHeadDim;
+  static constexpr int kRowsAtOnce = std::min(4, Config::kRatio);  // they complete one window
+  // CTAs that should fit an SM. With two halves the compiler would settle for three.
+  static constexpr int kMinCtas = kHalves == 2 ? 4 : 1;
+};
+
+// One thread's part of a step: kVector columns of a request.
+template <class Config>
+struct PrefixStep {
+  using T = PrefixTile<Config>;
+  using Out = typename Config::Out;
+  static constexpr int R = Config::kRatio, S = Config::kStateDim, D = Config::kHeadDim;
+  static constexpr int kHalves = T::kHalves, kRows = T::kRowsAtOnce, kVector = T::kVector;
+  struct PrefixVector {
+    Vector<float, kVector> lse, mean;
+
+    __device__ void clear() {
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) {
+        lse.x[v] = Prefix{}.lse;
+        mean.x[v] = Prefix{}.mean;
+      }
+    }
+  };
+
+  const DecodeParams& p;
+  const Request<Config>& r;
+  const int column;
+  float* const kv;
+  float* const score;
+  const int start;  // the position of the first token that is stored
+  NewVector<Config, kVector> rows[kRows][kHalves];
+  PrefixVector open[kHalves];  // of the window that the last token is in
+  PrefixVector before;         // the first half of the window before it
+
+  // Of tokens t0 to t0 + kRows - 1:
+  int first;                   // the position of the first
+  uint32_t phase;              // of that position in its window
+  uint32_t kv_row, score_row;  // lane j: of token t0 + j, or of a row before the step
+  int last;                    // the token that completes a window, or kRows
+  PrefixVector merged[kRows][kHalves];
+  PrefixVector value, value_before;  // of that window
+
+  __device__ PrefixStep(const DecodeParams& p, const Request<Config>& r, int column)
+      : p(p),
+        r(r),
+        column(column),
+        kv(opaque(static_cast<float*>(p.kv) + column)),
+        score(opaque(static_cast<float*>(p.score) + column)),
+        start(max(r.first_position, 0)) {
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) open[half].clear();
+    before.clear();
+  }
+
+  __device__ void load_new_rows(int t0) {
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      if (t0 + j >= p.next_n) continue;
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        rows[j][half] = NewVector<Config, kVector>(p, r, t0 + j, half * D + column);
+      }
+    }
+  }
+
+  // Lane j looks up the row of token t0 + j, and two lanes the rows before the step: the one before
+  // `start`, if of the same window; where windows overlap, the last of the window before.
+  __device__ void look_up_rows(int t0) {
+    const int lane = threadIdx.x % 32;
+    first = position_of(r.first_position, t0);
+    int position = position_of(r.first_position, t0 + lane);
+    bool wanted = lane < kRows && t0 + lane < r.num_new;
+    if (t0 == 0 && lane == kRows) {
+      position = start - 1;
+      wanted = start % R != 0;
+    }
+    if (Config::kOverlap && t0 == 0 && lane == kRows + 1) {
+      position = start - start % R - 1;
+      wanted = true;
+    }
+    wanted = wanted && position >= 0;
+    const TableEntry kv_entry = look_up_if(wanted, p.paging, r.kv_table, position);
+    const TableEntry score_entry = look_up_if(wanted, p.paging, r.score_table, position);
+    phase = static_cast<uint32_t>(first) % R;
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        rows[j][half].load_bias(r, phase + j, half * D + column);
+      }
+    }
+    kv_row = r.row_at(p.paging, kv_entry);
+    score_row = r.row_at(p.paging, score_entry);
+  }
+
+  // A row that is nowhere holds no prefix.
+  __device__ void load_row_before(PrefixVector& prefix, int from_lane, int half) {
+    const uint32_t kv_from = __shfl_sync(~0u, kv_row, from_lane);
+    const uint32_t score_from = __shfl_sync(~0u, score_row, from_lane);
+    if (kv_from == kNowhere || score_from == kNowhere) return;
+    prefix.lse = load<float, kVector>(score + uint64_t{score_from} * S + half * D);
+    prefix.mean = load<float, kVector>(kv + uint64_t{kv_from} * S + half * D);
+  }
+  __device__ void load_rows_before() {
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) load_row_before(open[half], kRows, half);
+    if (Config::kOverlap) load_row_before(before, kRows + 1, 0);
+  }
+
+  // There is no branch and no store between the merges: a token then waits only for the scores
+  // before it. A row that is nowhere merges as one without weight.
+  __device__ void merge_new_rows(int t0, uint32_t (&kv_to)[kRows], uint32_t (&score_to)[kRows]) {
+    last = R - 1 - static_cast<int>(phase);
+    if (last >= r.num_new - t0 || first + last < 0) last = kRows;
+    value.clear();
+    value_before.clear();
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      kv_to[j] = __shfl_sync(~0u, kv_row, j);
+      score_to[j] = __shfl_sync(~0u, score_row, j);
+      const bool exists = kv_to[j] != kNowhere && score_to[j] != kNowhere;
+      const bool starts = (phase + j) % R == 0;
+      if (Config::kOverlap && starts && position_of(r.first_position, t0 + j) > start) {
+        before = open[0];
+      }
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        if (starts) open[half].clear();
+        const auto new_kv = rows[j][half].kv(), new_score = rows[j][half].score();
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) {
+          const Prefix row = exists ? Prefix{new_score.x[v], new_kv.x[v]} : Prefix{};
+          const Prefix prefix = merge({open[half].lse.x[v], open[half].mean.x[v]}, row);
+          open[half].lse.x[v] = prefix.lse;
+          open[half].mean.x[v] = prefix.mean;
+        }
+        merged[j][half] = open[half];
+      }
+      if (j == last) {
+        value = open[kHalves - 1];
+        value_before = before;
+      }
+    }
+  }
+
+  __device__ void store_rows(const uint32_t (&kv_to)[kRows], const uint32_t (&score_to)[kRows]) {
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      float* const to_score = score + uint64_t{score_to[j]} * S;
+      float* const to_kv = kv + uint64_t{kv_to[j]} * S;
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        if (score_to[j] != kNowhere) store(to_score + half * D, merged[j][half].lse);
+        if (kv_to[j] != kNowhere) store(to_kv + half * D, merged[j][half].mean);
+      }
+    }
+  }
+
+  __device__ void store_value(Out* out) {
+    Vector<Out, kVector> values;
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) {
+      Prefix window{value.lse.x[v], value.mean.x[v]};
+      if (Config::kOverlap) {
+        window = merge({value_before.lse.x[v], value_before.mean.x[v]}, window);
+      }
+      values.x[v] = round_to<Out>(value_of(window));
+    }
+    store(out, values);
+  }
+};
+
+template <class Config>
+__global__ void __launch_bounds__(PrefixTile<Config>::kThreads, PrefixTile<Config>::kMinCtas)
+    prefix_kernel(const __grid_constant__ DecodeParams p) {
+  using T = PrefixTile<Config>;
+  using Step = PrefixStep<Config>;
+  using Out = typename Config::Out;
+  const uint32_t index = blockIdx.x / T::kSlices;
+  const int column = (blockIdx.x % T::kSlices * T::kThreads + threadIdx.x) * T::kVector;
+  prefetch_tables(p, blockIdx.z, index);
+  const Request<Config> r = request_at<Config>(p, blockIdx.z, index);
+  Out* out = static_cast<Out*>(p.kv_comp) +
+             uint64_t{blockIdx.z * p.batch + index} * p.num_windows * Config::kHeadDim + column;
+  Step step(p, r, column);
+  step.load_new_rows(0);
+#pragma unroll 1
+  for (int t0 = 0;;) {
+    step.look_up_rows(t0);
+    if (t0 == 0) step.load_rows_before();
+    uint32_t kv_to[Step::kRows], score_to[Step::kRows];
+    step.merge_new_rows(t0, kv_to, score_to);
+    step.store_rows(kv_to, score_to);
+    if (step.last < Step::kRows) {
+      step.store_value(out);
+      out += Config::kHeadDim;
+    }
+    if ((t0 += Step::kRows) >= r.num_new) break;
+    step.load_new_rows(t0);
+  }
+#pragma unroll 1
+  for (int m = r.end_window - r.first_window; m < p.num_windows; ++m, out += Config::kHeadDim) {
+    store(out, Vector<Out, T::kVector>{});
+  }
+}
+
+}  // namespace jax_dsv4

@@ -1,0 +1,51 @@
+// Measured numbers: how the CUDA kernels are launched (benchmarks/notes.md, benchmarks/tune.py).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "config.h"
+
+namespace jax_dsv4 {
+
+// How one CTA shares the reduction of one window over one slice of columns. A lane always holds 16
+// bytes of a row.
+//   kWarps         warps of the CTA
+//   kLanes         lanes across the slice's columns; all of a CTA's sets of kLanes share the rows
+//   kRowsInFlight  rows a lane loads at a time
+//   kMinCtas       CTAs that should fit an SM: limits the registers
+// A lane's rows must be on one page, so the page size must be a multiple of their number,
+// kReducedRows kLanes / (32 kWarps).
+template <int kWarps_, int kLanes_, int kRowsInFlight_, int kMinCtas_>
+struct Geometry {
+  static constexpr int kWarps = kWarps_;
+  static constexpr int kLanes = kLanes_;
+  static constexpr int kRowsInFlight = kRowsInFlight_;
+  static constexpr int kMinCtas = kMinCtas_;
+};
+
+// The geometries of a kind, on raw states. A call takes the first whose page size fits, of all of
+// them, or from kFew on while requests x head_dim is at most kFewChannels. The last serves any page
+// size.
+template <class Kind>
+struct GeometriesOf {
+  static_assert(Kind::kReducedRows <= 32, "a long window needs geometries of its own: see tune.py");
+  static constexpr int kWarps = std::min(4, Kind::kReducedRows);
+  using AnyPage = Geometry<kWarps, 32 * kWarps / Kind::kReducedRows, 1, 1>;  // a row per lane
+  using List = std::conditional_t<(Kind::kReducedRows > kWarps),
+                                  TypeList<Geometry<kWarps, 32, 2, 1>, AnyPage>, TypeList<AnyPage>>;
+  static constexpr int kFew = 0;
+  static constexpr int64_t kFewChannels = 0;
+};
+template <int kHeadDim>
+struct GeometriesOf<Kind<kHeadDim, 128, false>> {
+  using List = TypeList<Geometry<4, 16, 8, 4>, Geometry<8, 8, 4, 3>, Geometry<8, 2, 1, 1>>;
+  static constexpr int kFew = 1;
+  static constexpr int64_t kFewChannels = 64 * 512;
+};
+
+// On a state of prefixes, up to so many requests x head_dim a warp takes one token, and beyond all.
+inline constexpr int64_t kFewPrefixChannels = 24 * 512;
+
+}  // namespace jax_dsv4

@@ -1,0 +1,115 @@
+// Loads and stores of vectors, and every instruction that is written as PTX. Device code only.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "config.h"
+#include "paging.h"
+
+namespace jax_dsv4 {
+
+template <class Element, int kSize>
+struct alignas(sizeof(Element) * kSize < 16 ? sizeof(Element) * kSize : 16) Vector {
+  Element x[kSize];
+};
+
+template <class Element, int kSize>
+__device__ __forceinline__ Vector<Element, kSize> load(const Element* source) {
+  return *reinterpret_cast<const Vector<Element, kSize>*>(source);
+}
+
+template <class Element, int kSize>
+__device__ __forceinline__ void store(Element* target, const Vector<Element, kSize>& value) {
+  *reinterpret_cast<Vector<Element, kSize>*>(target) = value;
+}
+
+// Loads 16 bytes that nothing on this SM reads again.
+template <class Element, int kSize>
+__device__ __forceinline__ Vector<Element, kSize> load_once(const Element* source) {
+  static_assert(sizeof(Element) * kSize == 16, "load_once: a lane holds 16 bytes of a row");
+  union {
+    uint32_t words[4];
+    Vector<Element, kSize> vector;
+  } u;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(u.words[0]), "=r"(u.words[1]), "=r"(u.words[2]), "=r"(u.words[3])
+               : "l"(source));
+  return u.vector;
+}
+
+// *from, or `otherwise`, without a branch. Before a branch the compiler waits for every load that
+// was issued.
+template <class Element>
+__device__ __forceinline__ Element load_if(bool condition, const Element* from, Element otherwise) {
+  static_assert(sizeof(Element) == 4 || sizeof(Element) == 2, "load_if: 2 or 4 bytes");
+  using Bits = std::conditional_t<sizeof(Element) == 4, uint32_t, uint16_t>;
+  union {
+    Element value;
+    Bits bits;
+  } u{otherwise};
+  if constexpr (sizeof(Element) == 4) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.b32 %0, [%1]; }"
+                 : "+r"(u.bits)
+                 : "l"(from), "r"(static_cast<int>(condition)));
+  } else {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.b16 %0, [%1]; }"
+                 : "+h"(u.bits)
+                 : "l"(from), "r"(static_cast<int>(condition)));
+  }
+  return u.value;
+}
+
+// look_up where `wanted`; elsewhere a page that does not exist.
+__device__ __forceinline__ TableEntry look_up_if(bool wanted, const Paging& paging,
+                                                 const int32_t* table, int32_t position) {
+  const uint32_t n = static_cast<uint32_t>(position);
+  const uint32_t page = n / paging.page_size;
+  return {static_cast<uint32_t>(load_if(wanted && page < paging.max_pages, table + page, -1)),
+          n - page * paging.page_size.value};
+}
+
+__device__ __forceinline__ void prefetch_l1(const void* from) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(from));
+}
+__device__ __forceinline__ void prefetch_l2_if(bool condition, const void* from) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %1, 0; @p prefetch.global.L2 [%0]; }" ::"l"(from),
+               "r"(static_cast<int>(condition)));
+}
+
+// Starts a copy of 4 bytes into shared memory. A thread waits for the copies that it asked for, in
+// groups: all up to a commit_copies() are one.
+template <class Element>
+__device__ __forceinline__ void copy_if(bool condition, Element* to, const Element* from) {
+  static_assert(sizeof(Element) == 4, "copy_if: 4 bytes");
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %2, 0; @p cp.async.ca.shared.global [%0], [%1], 4; }" ::"r"(
+          static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+      "l"(from), "r"(static_cast<int>(condition))
+      : "memory");
+}
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Waits for all groups but the last `kPending`.
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Hides how a base address in global memory came about, so that the compiler keeps it in registers:
+// the address of an element is then one instruction.
+template <class Element>
+__device__ __forceinline__ Element* opaque(Element* pointer) {
+  asm("" : "+l"(pointer));
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
+
+// Moves two values into ordinary registers. As uniform ones they are parameters that stop the warp
+// while they come into the constant cache.
+__device__ __forceinline__ void keep_in_registers(uint32_t& x, uint32_t& y) {
+  asm volatile("" : "+r"(x), "+r"(y));
+}
+
+}  // namespace jax_dsv4

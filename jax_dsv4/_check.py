@@ -1,0 +1,106 @@
+"""Doors for what users pass: each returns it in one form, or names it in an error."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from jax_dsv4 import _config
+
+FLOATS, I32 = ("bfloat16", "float32"), ("int32",)
+IMPLEMENTATIONS = (None, "ffi", "xla")
+_INT32_MAX = 2**31 - 1
+
+
+def choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
+    if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
+        raise ValueError(f"{name}: expected one of {tuple(choices)}, got {value!r}")
+
+
+def integer(name: str, value: Any, minimum: int, maximum: int = _INT32_MAX) -> int:
+    """A static integer, NumPy's too, as Python's."""
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f"{name}: expected a static integer, got an array of JAX, {value.aval}; inside jit, "
+            f'name it in static_argnames: jax.jit(f, static_argnames="{name}")'
+        )
+    try:
+        got = operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name}: expected an integer, got {value!r}") from error
+    if not minimum <= got <= maximum:
+        raise ValueError(f"{name}: expected at least {minimum}, at most {maximum}, got {got}")
+    return got
+
+
+def ratio_and_overlap(compress_ratio: Any, overlap: Any) -> tuple[int, bool]:
+    """Both static; an ``overlap`` of ``None`` is the ratio's: 4 overlaps, others do not."""
+    expected = f"compress_ratio: expected one of {_config.RATIOS}, got {compress_ratio!r}"
+    try:
+        ratio = integer("compress_ratio", compress_ratio, 1)
+    except TypeError as error:
+        if isinstance(compress_ratio, jax.Array):
+            raise
+        raise ValueError(expected) from error
+    except ValueError as error:
+        raise ValueError(expected) from error
+    if ratio not in _config.RATIOS:
+        raise ValueError(expected)
+    if overlap is None:
+        return ratio, ratio == 4
+    if not isinstance(overlap, (bool, jnp.bool_)):
+        raise TypeError(f"overlap: expected True, False or None, got {overlap!r}")
+    return ratio, bool(overlap)
+
+
+def floating(name: str, dtype: DTypeLike, allowed: Sequence[str] = FLOATS, why: str = "") -> str:
+    """The name of a floating-point type, one of ``allowed``."""
+    try:
+        got = jnp.dtype(dtype).name
+    except TypeError:
+        got = repr(dtype)
+    if got not in allowed:
+        raise TypeError(f"{name}: expected {' or '.join(allowed)}{why}, got {got}")
+    return got
+
+
+def array(name: str, x: Any, dtypes: Sequence[str], *shape: int | str) -> Array:
+    """``x`` as an array of one of ``dtypes`` and this shape; a string: a dimension of any size."""
+    try:
+        given = x if hasattr(x, "dtype") and hasattr(x, "shape") else jnp.asarray(x)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"{name}: expected an array, got {type(x).__name__}") from error
+    # Before jnp.asarray, which makes 32 bits of NumPy's 64.
+    dtype = given.dtype.name
+    if dtype not in dtypes:
+        cast = (
+            f"; cast it yourself: {name}.astype(jnp.int32)" if dtype in ("int64", "uint32") else ""
+        )
+        raise TypeError(f"{name}: expected {' or '.join(dtypes)}, got {dtype}{cast}")
+    fits = len(given.shape) == len(shape) and all(
+        isinstance(want, str) or got == want for got, want in zip(given.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(str(want) for want in shape)
+        raise ValueError(f"{name}: expected shape [{wanted}], got {list(given.shape)}")
+    if isinstance(x, jax.ShapeDtypeStruct):
+        raise TypeError(f"{name}: expected an array, got a ShapeDtypeStruct; use jax.eval_shape")
+    return jnp.asarray(given)
+
+
+def state_dtype(name: str, format: str, dtype: DTypeLike) -> None:
+    """Raise ``TypeError`` unless a state of this format may have this dtype."""
+    floating(name, dtype)
+    got, allowed = jnp.dtype(dtype).name, _config.STATE_DTYPES[format]
+    if got not in allowed:
+        raise TypeError(
+            f"{name}: expected {' or '.join(allowed)} in state format {format!r}, got {got}: "
+            "rounded to less than float32 at each of its rows, a prefix drifts"
+        )

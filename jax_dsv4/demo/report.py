@@ -1,0 +1,145 @@
+"""What the demo says: progress on stderr, figures on stdout and as JSON."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from jax_dsv4.demo.check import Verdict
+from jax_dsv4.demo.model import Layers
+from jax_dsv4.demo.scheduler import Scheduler
+from jax_dsv4.demo.timing import ROUNDS, RUNS
+
+Figures = dict[str, Any]
+
+
+def log(text: str) -> None:
+    """Say on stderr what is going on."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """Print on stdout, at once even where that is a file or a pipe."""
+    print(text, flush=True)
+
+
+def track(steps: int) -> Iterator[int]:
+    """Count the decode steps on stderr: as a bar on a terminal, elsewhere a line per quarter."""
+    if sys.stderr.isatty():
+        yield from tqdm(range(steps), desc="decoding", unit="step")
+        return
+    for done in range(1, steps + 1):
+        yield done - 1
+        if 4 * done // steps != 4 * (done - 1) // steps:
+            log(f"decoding {done}/{steps}")
+
+
+def show_setting(options: Mapping[str, Any]) -> Figures:
+    """Print what runs, and where."""
+    packages = ("jax_dsv4", "jax", "jaxlib", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    device = jax.devices()[0].device_kind
+    show(
+        f"DeepSeek-V4-{options['model'].capitalize()}, compressor calls only: "
+        f"batch {options['batch']}, next_n {options['next_n']}, {options['steps']} steps, "
+        f"accept {options['accept']}\n"
+        f"on {device}, jax {versions['jax']}, implementation {options['implementation']}, "
+        f"{options['state_format']} f32 state, page size {options['page_size']}, "
+        f"seed {options['seed']}"
+    )
+    return {
+        "options": dict(options),
+        "versions": versions | {"python": platform.python_version()},
+        "platform": jax.default_backend(),
+        "device": device,
+    }
+
+
+def show_decoding(scheduler: Scheduler, steps: int, seconds: float) -> Figures:
+    """Print how fast the decode loop was."""
+    figures = {
+        "requests_started": scheduler.started,
+        "requests_finished": scheduler.finished,
+        "drafts_rejected": scheduler.rejected,
+        "tokens_accepted": scheduler.accepted,
+        "tokens_per_second": scheduler.accepted / seconds,
+        "seconds": seconds,
+        "ms_per_step": seconds / steps * 1e3,
+    }
+    show(
+        "requests: {requests_started} started, {requests_finished} finished; "
+        "drafts rejected: {drafts_rejected}\n"
+        "tokens/s: {tokens_per_second:,.0f} ({tokens_accepted} accepted in {seconds:.2f} s; "
+        "{ms_per_step:.2f} ms per step, with scheduling and projections)".format(**figures)
+    )
+    return figures
+
+
+def show_calls(
+    model: Sequence[Layers],
+    seconds_per_call: Mapping[str, float],
+    state_bytes: Mapping[str, int],
+    replayed_steps: int,
+) -> Figures:
+    """Print what each kind of call costs."""
+    calls = {layers.name: layers.count for layers in model}
+    seconds = {name: calls[name] * seconds_per_call[name] for name in calls}  # per step
+    calls["all"], seconds["all"] = sum(calls.values()), sum(seconds.values())
+    sizes = {**state_bytes, "all": sum(state_bytes.values())}
+    show(f"\n{'kind':8} {'calls/step':>10} {'us/call':>9} {'time':>7} {'state bytes':>15}")
+    by_kind = {}
+    for name in calls:
+        by_kind[name] = {
+            "calls_per_step": calls[name],
+            "us_per_call": seconds[name] / calls[name] * 1e6,
+            "share": seconds[name] / seconds["all"],
+            "state_bytes": sizes[name],
+        }
+        row = "{calls_per_step:10} {us_per_call:9.2f} {share:7.1%} {state_bytes:15,}"
+        show(f"{name:8} " + row.format(**by_kind[name]))
+    ms_per_step = seconds["all"] * 1e3
+    show(
+        f"us/call: one kind at a time, the calls of {replayed_steps} of the steps in one program "
+        f"without projections,\n{RUNS} times in a row: median of {ROUNDS} rounds, by the number of "
+        "calls. What fits in the cache is found there.\n"
+        f"All kinds: {ms_per_step:.3f} ms per step.\n"
+    )
+    return {
+        "by_kind": by_kind,
+        "replayed_steps": replayed_steps,
+        "runs": RUNS,
+        "rounds": ROUNDS,
+        "ms_per_step": ms_per_step,
+    }
+
+
+def show_check(found: Verdict) -> Figures:
+    """Print the verdict."""
+    total = sum(found.windows.values())
+    counts = ", ".join(f"{name} {count}" for name, count in found.windows.items())
+    hint = " (more --steps needed)" if found.verdict == "INCOMPLETE" else ""
+    show(
+        f"check: {found.verdict}{hint}, {total} windows compared with float64 ({counts}), "
+        f"max error {found.max_error:.3f} bf16 ulp (allowed: 1)"
+    )
+    return {
+        "verdict": found.verdict,
+        "windows": total,
+        "windows_by_kind": found.windows,
+        "max_error_ulp": found.max_error,
+        "allowed_ulp": 1,
+    }
+
+
+def write_json(path: pathlib.Path, figures: Figures) -> None:
+    """All figures as one object; ``null`` for a number that is not finite, which JSON lacks."""
+    finite = json.loads(json.dumps(figures), parse_constant=lambda name: None)
+    path.write_text(json.dumps(finite, indent=2, allow_nan=False) + "\n")

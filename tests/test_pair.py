@@ -1,0 +1,85 @@
+"""kv_score as a pair (kv, score), for engines that project them apart."""
+
+import functools
+import re
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checks import Results, arguments, check_results, run, step_of
+
+from jax_dsv4 import CompressorState, init_state, paged_kv_compress
+
+IMPLEMENTATIONS = ("ffi", "xla")
+CASES = tuple(c for c in cases.IN_REGIMES if c.regime in ("ragged", "no_ape", "short"))
+
+
+def apart(operands, device):
+    kv_score, *rest = arguments(operands, device)
+    return tuple(jnp.split(kv_score, 2, axis=-1)), *rest
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", cases.in_formats(CASES), ids=str)
+def test_a_pair_is_the_two_halves(case, implementation, device):
+    operands = cases.make_operands(case)
+    want = run(case, operands, implementation, device)
+    got = jax.jit(step_of(case, implementation))(*apart(operands, device))
+    check_results(Results(*map(np.asarray, got)), want, case.state_format)
+
+
+def test_a_pair_is_taken_without_a_copy(device):
+    case = cases.MAPPED
+    kv_score, *rest = apart(cases.make_operands(case), device)
+    program = jax.jit(step_of(case, "ffi"), donate_argnums=(2, 3))
+    text = program.lower(kv_score, *rest).compile().as_text()
+    assert not re.findall(r"= \S+ (?:concatenate|copy|fusion)\(", text)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("mapped", [(0, None), (None, 0), (0, 0)], ids=str)
+def test_vmap_maps_either_half(mapped, implementation, device):
+    case, count = cases.MAPPED, 2
+    first, second = (cases.make_operands(case, seed) for seed in range(count))
+    halves = [
+        jnp.stack(pair) if axis == 0 else pair[0]
+        for pair, axis in zip(
+            zip(apart(first, device)[0], apart(second, device)[0], strict=True),
+            mapped,
+            strict=True,
+        )
+    ]
+    rest = apart(first, device)[1:]
+    step = step_of(case, implementation)
+    program = jax.jit(jax.vmap(step, in_axes=(mapped, *[None] * len(rest))))
+    got = program(tuple(halves), *rest)
+    for i in range(count):
+        own = tuple(x if axis is None else x[i] for x, axis in zip(halves, mapped, strict=True))
+        want = jax.jit(step)(own, *rest)
+        check_results(Results(*(np.asarray(x)[i] for x in got)), Results(*map(np.asarray, want)))
+
+
+def spec(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("pair", "error", "text"),
+    [
+        ((spec(2, 3, 256),), ValueError, r"kv_score: expected a pair \(kv, score\), got 1 arrays"),
+        ((spec(2, 3, 512), spec(2, 3, 512)), ValueError, r"kv_score\[0\]: expected .* 256"),
+        ((spec(2, 3, 256), spec(2, 4, 256)), ValueError, r"kv_score\[1\]: expected .*3, 256"),
+        ((spec(2, 3, 256), spec(2, 3, 256, dtype=jnp.bfloat16)), TypeError, r"kv_score\[1\]: "),
+        ((spec(2, 3, 256), spec(2, 3, 256, dtype=jnp.int32)), TypeError, r"kv_score\[1\]: "),
+        ((spec(2, 0, 256), spec(2, 0, 256)), ValueError, "kv_score: expected a next_n"),
+    ],
+)
+def test_a_wrong_pair_is_named(pair, error, text):
+    state = jax.eval_shape(lambda: init_state(2, 8, head_dim=128, compress_ratio=4))
+    tables, lens = spec(2, 1, dtype=jnp.int32), spec(2, dtype=jnp.int32)
+    step = functools.partial(paged_kv_compress, compress_ratio=4)
+    assert isinstance(state, CompressorState)
+    with pytest.raises(error, match=f"^{text}"):
+        jax.eval_shape(step, pair, None, state, tables, lens)
