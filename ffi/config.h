@@ -28,6 +28,8 @@ inline constexpr DType kDTypeOf = DType::kF32;
 template <>
 inline constexpr DType kDTypeOf<bf16> = DType::kBF16;
 
+constexpr int64_t size_of(DType dtype) { return dtype == DType::kBF16 ? 2 : 4; }
+
 // What a row of the state holds: the token's own kv and score, or the prefix of its window up to
 // the row (prefix.h). A prefix is rounded once per row, and in less than f32 it would drift.
 enum class StateFormat : uint8_t { kRaw, kPrefix };
@@ -66,10 +68,10 @@ struct Config : Kind, DTypes {
 // ------------------------------------------------------------------------------- the list itself
 
 //                    head_dim, compress_ratio, overlap
-using Kinds = TypeList<Kind<512, 4, true>,     // CSA main
-                       Kind<128, 4, true>,     // CSA indexer
-                       Kind<512, 128, false>,  // HCA
-                       Kind<128, 128, false>>;
+using Kinds = TypeList<Kind<512, 4, true>,                           // CSA main
+                       Kind<128, 4, true>,                           // CSA indexer
+                       Kind<512, 128, false>,                        // HCA
+                       Kind<128, 128, false>, Kind<512, 2, false>>;  // the generation after V4
 
 //                          kv_score, state, kv_comp
 using DTypesList = TypeList<DTypes<bf16, f32, bf16>,                            //

@@ -15,7 +15,7 @@ namespace jax_dsv4 {
 struct DecodeParams {
   void* kv;                     // [G, layers, num_pages, page_size, S] state, updated in place
   void* score;                  // [G, layers, num_pages, page_size, S] state, updated in place
-  const void* new_kv;           // [G or 1, B, next_n, S], rows new_row_size elements apart
+  const void* kv_score;         // [G or 1, B, next_n] rows, row_size apart: S of kv; then score
   const float* ape;             // [G or 1, R, S]; null: no bias
   const int32_t* kv_tables;     // [G or 1, B, max_pages]
   const int32_t* score_tables;  // [G or 1, B, max_pages]
@@ -31,25 +31,35 @@ struct DecodeParams {
   Paging paging;
 
   // From one group to the next, in requests: B, or 0 where all groups share the operand.
-  uint32_t new_kv_stride, kv_tables_stride, score_tables_stride, kv_lens_stride, q_lens_stride;
+  uint32_t kv_score_stride, kv_tables_stride, score_tables_stride, kv_lens_stride, q_lens_stride;
   uint32_t ape_stride;  // in arrays [R, S]: 1 or 0
 
-  const void* new_score;  // [G or 1, B, next_n, S], rows new_row_size elements apart
+  int64_t score_offset;   // from a row of kv to its scores, in elements: S, or to another array
   const int32_t* layer;   // [G or 1]; null: `kv` and `score` are at the layer already
-  uint32_t new_row_size;  // 2 S where a row holds kv and score, else S
-  uint32_t new_score_stride;
+  uint32_t row_size;      // in elements: 2 S, or S where the scores are in another array
   uint32_t layer_stride;  // 1 or 0
   uint32_t num_layers;
   uint32_t rows_per_layer;  // num_pages * page_size
 };
+
+// So many elements on, maybe in another array. On a GPU as pointer arithmetic: of an address that
+// has been a number, the compiler does not know that it is in global memory.
+template <class Element>
+JAX_DSV4_HD const Element* offset_by(const Element* from, int64_t elements) {
+#ifdef __CUDA_ARCH__
+  return from + elements;
+#else
+  return reinterpret_cast<const Element*>(reinterpret_cast<uintptr_t>(from) +
+                                          elements * sizeof(Element));
+#endif
+}
 
 template <class Config>
 struct Request {
   using KvScore = typename Config::KvScore;
 
   uint32_t pool_row;           // the first row of its group's layer in `kv` and `score`
-  const KvScore* new_kv;       // [next_n, S], rows new_row_size apart
-  const KvScore* new_score;    // the same
+  const KvScore* kv_score;     // [next_n] rows, row_size apart
   const float* ape;            // [R, S] or null
   const int32_t* kv_table;     // [max_pages]
   const int32_t* score_table;  // [max_pages]
@@ -96,12 +106,8 @@ JAX_DSV4_HD Request<Config> request_at(const DecodeParams& p, uint32_t group, ui
   r.first_window = start / Config::kRatio;
   r.end_window = (active ? static_cast<uint32_t>(length) : 0) / Config::kRatio;
 
-  const auto rows_in = [&](const void* rows, uint32_t stride) {
-    return static_cast<const KvScore*>(rows) +
-           uint64_t{index_in(stride)} * static_cast<uint32_t>(p.next_n) * p.new_row_size;
-  };
-  r.new_kv = rows_in(p.new_kv, p.new_kv_stride);
-  r.new_score = rows_in(p.new_score, p.new_score_stride);
+  r.kv_score = static_cast<const KvScore*>(p.kv_score) +
+               uint64_t{index_in(p.kv_score_stride)} * static_cast<uint32_t>(p.next_n) * p.row_size;
   r.ape = p.ape;
   if (p.ape != nullptr) {
     r.ape += uint64_t{group * p.ape_stride} * (Config::kRatio * Config::kStateDim);

@@ -35,7 +35,7 @@ inline constexpr int64_t kAutoGeometry = -1;
 // layer, by its attribute or its operand.
 struct DecodeBuffers {
   ffi::AnyBuffer kv_score;      // [*G, B, next_n, 2 S], or kv alone [*G, B, next_n, S]
-  ffi::AnyBuffer new_score;     // [*G, B, next_n, S] beside kv alone; else [*G, 0, 0, 0]
+  ffi::AnyBuffer new_score;     // like kv alone, and its scores; else [*G, 0, 0, 0]
   ffi::AnyBuffer ape;           // [*G, R, S] f32, or [*G, 0, S]: no bias
   ffi::AnyBuffer kv;            // [*G, (layers,) num_pages, page_size, S]  state
   ffi::AnyBuffer score;         // [*G, (layers,) num_pages, page_size, S]  state
@@ -160,11 +160,12 @@ inline ffi::ErrorOr<DecodeCall> check_decode(ffi::RemainingArgs operands,
   };
   check.per_group("state.kv", b.kv, a.state_dtype, state_dims);
   check.per_group("state.score", b.score, a.state_dtype, state_dims);
-  p.new_kv_stride =
-      stride(check.maybe_shared("kv_score", b.kv_score, a.kv_score_dtype, rows), batch);
-  p.new_score_stride = stride(check.maybe_shared("kv_score[1]", b.new_score, a.kv_score_dtype,
-                                                 is_pair ? rows : Dims{0, 0, 0}),
-                              batch);
+  const bool per_group = check.maybe_shared("kv_score", b.kv_score, a.kv_score_dtype, rows);
+  const bool score_per_group = check.maybe_shared("kv_score[1]", b.new_score, a.kv_score_dtype,
+                                                  is_pair ? rows : Dims{0, 0, 0});
+  check.require(!is_pair || per_group == score_per_group,
+                "kv_score[1]: expected the group dimensions of kv_score");
+  p.kv_score_stride = stride(per_group, batch);
   p.ape_stride =
       stride(check.maybe_shared("ape", b.ape, ffi::DataType::F32, {has_ape ? R : 0, S}), 1);
   p.kv_tables_stride =
@@ -192,19 +193,18 @@ inline ffi::ErrorOr<DecodeCall> check_decode(ffi::RemainingArgs operands,
                 "state: more than 2^32 - 16 rows");
   if (!check.ok()) return failure();
 
-  const int64_t element_size = *state == DType::kBF16 ? 2 : 4;
-  const int64_t new_size = *kv_score == DType::kBF16 ? 2 : 4;
-  const int64_t layer_bytes = num_pages * page_size * S * element_size;
-  const int64_t first_byte = std::max<int64_t>(a.layer, 0) * layer_bytes;
+  const int64_t first_byte =
+      std::max<int64_t>(a.layer, 0) * num_pages * page_size * S * size_of(*state);
   call.empty = groups * batch == 0;
   p.kv = static_cast<char*>(b.kv.untyped_data()) + first_byte;
   p.score = static_cast<char*>(b.score.untyped_data()) + first_byte;
-  p.new_kv = b.kv_score.untyped_data();
-  p.new_score = b.new_score.untyped_data();
-  p.new_row_size = static_cast<uint32_t>(rows.back());
-  if (!is_pair) {  // the second half of the same rows
-    p.new_score = static_cast<const char*>(p.new_kv) + S * new_size;
-    p.new_score_stride = p.new_kv_stride;
+  p.kv_score = b.kv_score.untyped_data();
+  p.row_size = static_cast<uint32_t>(rows.back());
+  p.score_offset = S;
+  if (is_pair) {
+    p.score_offset = (reinterpret_cast<intptr_t>(b.new_score.untyped_data()) -
+                      reinterpret_cast<intptr_t>(p.kv_score)) /
+                     size_of(*kv_score);
   }
   p.ape = has_ape ? static_cast<const float*>(b.ape.untyped_data()) : nullptr;
   p.kv_tables = static_cast<const int32_t*>(b.kv_tables.untyped_data());

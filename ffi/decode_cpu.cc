@@ -21,8 +21,8 @@ void write_rows(const DecodeParams& p, const Request<Config>& r) {
   constexpr int S = Config::kStateDim;
   for (int t = std::max(0, -r.first_position); t < r.num_new; ++t) {
     const int32_t position = r.first_position + t;
-    const auto* kv_in = r.new_kv + int64_t{t} * p.new_row_size;
-    const auto* score_in = r.new_score + int64_t{t} * p.new_row_size;
+    const auto* kv_in = r.kv_score + int64_t{t} * p.row_size;
+    const auto* score_in = offset_by(kv_in, p.score_offset);
     const float* ape = r.ape == nullptr ? nullptr : r.ape + (position % Config::kRatio) * S;
     const uint32_t kv_row = r.find_row(p.paging, r.kv_table, position);
     const uint32_t score_row = r.find_row(p.paging, r.score_table, position);
@@ -154,8 +154,8 @@ void decode_prefix(const DecodeParams& p, int64_t index) {
     const uint32_t kv_row = r.find_row(p.paging, r.kv_table, position);
     const uint32_t score_row = r.find_row(p.paging, r.score_table, position);
     if (kv_row != kNowhere && score_row != kNowhere) {
-      const auto* kv = r.new_kv + int64_t{t} * p.new_row_size;
-      const auto* score = r.new_score + int64_t{t} * p.new_row_size;
+      const auto* kv = r.kv_score + int64_t{t} * p.row_size;
+      const auto* score = offset_by(kv, p.score_offset);
       const float* ape = r.ape == nullptr ? nullptr : r.ape + (position % R) * S;
       for (int c = 0; c < S; ++c) {
         const float biased = to_f32(score[c]) + (ape == nullptr ? 0.0f : ape[c]);

@@ -23,11 +23,11 @@ ffi::Error decode(cudaStream_t stream, ffi::RemainingArgs operands, ffi::Remaini
   if (!call) return call.error();
   if (call->empty) return ffi::Error::Success();
   const DecodeParams& p = call->params;
-  const void* const vectors[] = {p.kv, p.score, p.new_kv, p.new_score, p.ape, p.kv_comp};
-  for (const void* pointer : vectors) {
-    if (!is_aligned(pointer)) {
-      return ffi::Error::InvalidArgument("operands: expected 16-byte aligned buffers");
-    }
+  const void* const vectors[] = {p.kv, p.score, p.kv_score, p.ape, p.kv_comp};
+  bool aligned = p.score_offset * size_of(call->selection.kv_score) % 16 == 0;
+  for (const void* pointer : vectors) aligned &= is_aligned(pointer);
+  if (!aligned) {
+    return ffi::Error::InvalidArgument("operands: expected 16-byte aligned buffers");
   }
   const char* problem = nullptr;
   visit_config(call->selection, [&](auto config) {

@@ -73,7 +73,9 @@ void launch_prefix_kernel(cudaStream_t stream, const DecodeParams& p) {
     kernel<<<grid, Token::kThreads, 0, stream>>>(PrefixTokenParams(p));
   } else {
     const dim3 grid(p.batch * T::kSlices, 1, p.num_groups);
-    prefix_kernel<Config><<<grid, T::kThreads, 0, stream>>>(p);
+    const bool is_pair = p.row_size == Config::kStateDim;
+    const auto kernel = is_pair ? prefix_kernel<Config, true> : prefix_kernel<Config, false>;
+    kernel<<<grid, T::kThreads, 0, stream>>>(p);
   }
 }
 

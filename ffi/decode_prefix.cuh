@@ -58,9 +58,9 @@ struct PrefixTokenParams {
   int32_t next_n;
   uint32_t per_group;  // the operands that are one per group
   Paging paging;
-  const void* new_kv;
-  const void* new_score;
-  uint32_t new_row_size;
+  const void* kv_score;
+  int64_t score_offset;
+  uint32_t row_size;
   uint32_t num_layers;
   const int32_t* layer;
   const float* ape;
@@ -76,10 +76,9 @@ struct PrefixTokenParams {
     kQLens = 2,
     kKvTables = 4,
     kScoreTables = 8,
-    kNewKv = 16,
-    kNewScore = 32,
-    kApe = 64,
-    kLayer = 128
+    kKvScore = 16,
+    kApe = 32,
+    kLayer = 64
   };
   explicit PrefixTokenParams(const DecodeParams& p)
       : kv_lens(p.kv_lens),
@@ -92,13 +91,12 @@ struct PrefixTokenParams {
                   (p.q_lens_stride != 0 ? kQLens : kNone) |
                   (p.kv_tables_stride != 0 ? kKvTables : kNone) |
                   (p.score_tables_stride != 0 ? kScoreTables : kNone) |
-                  (p.new_kv_stride != 0 ? kNewKv : kNone) |
-                  (p.new_score_stride != 0 ? kNewScore : kNone) |
-                  (p.ape_stride != 0 ? kApe : kNone) | (p.layer_stride != 0 ? kLayer : kNone)),
+                  (p.kv_score_stride != 0 ? kKvScore : kNone) | (p.ape_stride != 0 ? kApe : kNone) |
+                  (p.layer_stride != 0 ? kLayer : kNone)),
         paging(p.paging),
-        new_kv(p.new_kv),
-        new_score(p.new_score),
-        new_row_size(p.new_row_size),
+        kv_score(p.kv_score),
+        score_offset(p.score_offset),
+        row_size(p.row_size),
         num_layers(p.num_layers),
         layer(p.layer),
         ape(p.ape),
@@ -202,21 +200,17 @@ struct PrefixTokenStep {
 
   __device__ void load_new_rows() {
     layer = load_if(p.layer != nullptr, p.layer + (per_group & p.kLayer ? group : 0), 0);
-    const auto first_of = [&](const void* rows, PrefixTokenParams::PerGroup operand) {
-      return opaque(static_cast<const KvScore*>(rows) +
-                    uint64_t{index_in(operand)} * static_cast<uint32_t>(p.next_n) * p.new_row_size +
-                    column);
-    };
-    const KvScore* const new_kv = first_of(p.new_kv, p.kNewKv);
-    const KvScore* const new_score = first_of(p.new_score, p.kNewScore);
+    const KvScore* const kv_score = opaque(
+        static_cast<const KvScore*>(p.kv_score) +
+        uint64_t{index_in(p.kKvScore)} * static_cast<uint32_t>(p.next_n) * p.row_size + column);
 #pragma unroll
     for (int j = 0; j < kTokens; ++j) {
-      const uint64_t offset = uint64_t{p.new_row_size} * j;
+      const KvScore* const row = kv_score + uint64_t{p.row_size} * j;
+      const KvScore* const scores = offset_by(row, p.score_offset);
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
-        rows[j][half].kv_in.x[0] = load_if(j < p.next_n, new_kv + offset + half * D, KvScore{});
-        rows[j][half].score_in.x[0] =
-            load_if(j < p.next_n, new_score + offset + half * D, KvScore{});
+        rows[j][half].kv_in.x[0] = load_if(j < p.next_n, row + half * D, KvScore{});
+        rows[j][half].score_in.x[0] = load_if(j < p.next_n, scores + half * D, KvScore{});
       }
     }
     kv = opaque(p.kv + column);
@@ -381,7 +375,7 @@ struct PrefixTile {
 };
 
 // One thread's part of a step: kVector columns of a request.
-template <class Config>
+template <class Config, bool kPair>
 struct PrefixStep {
   using T = PrefixTile<Config>;
   using Out = typename Config::Out;
@@ -435,7 +429,9 @@ struct PrefixStep {
       if (t0 + j >= p.next_n) continue;
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
-        rows[j][half] = NewVector<Config, kVector>(p, r, t0 + j, half * D + column);
+        const auto* row = r.kv_score + int64_t{t0 + j} * (kPair ? S : 2 * S) + half * D + column;
+        const auto* scores = kPair ? offset_by(row, p.score_offset) : row + S;
+        rows[j][half] = NewVector<Config, kVector>(row, scores);
       }
     }
   }
@@ -547,11 +543,11 @@ struct PrefixStep {
   }
 };
 
-template <class Config>
+template <class Config, bool kPair>
 __global__ void __launch_bounds__(PrefixTile<Config>::kThreads, PrefixTile<Config>::kMinCtas)
     prefix_kernel(const __grid_constant__ DecodeParams p) {
   using T = PrefixTile<Config>;
-  using Step = PrefixStep<Config>;
+  using Step = PrefixStep<Config, kPair>;
   using Out = typename Config::Out;
   const uint32_t index = blockIdx.x / T::kSlices;
   const int column = (blockIdx.x % T::kSlices * T::kThreads + threadIdx.x) * T::kVector;

@@ -52,7 +52,7 @@ class DTypes(NamedTuple):
         return "/".join(self)
 
 
-GEOMETRIES = {Kind(*kind): tuple(Geometry(*g) for g in gs) for *kind, gs in _cpu.KINDS}
+GEOMETRIES = {Kind(d, r, o): tuple(Geometry(*g) for g in gs) for d, r, o, gs in _cpu.KINDS}
 KINDS = tuple(GEOMETRIES)
 RATIOS = tuple(sorted({kind.compress_ratio for kind in KINDS}))
 DTYPES = tuple(DTypes(*names) for names in _cpu.DTYPES)

@@ -8,6 +8,7 @@ import pathlib
 import re
 import warnings
 from types import ModuleType
+from typing import Any
 
 import jax
 
@@ -49,7 +50,7 @@ TARGETS = tuple(_cpu.HANDLERS)  # the same on every platform
 HAS_CUDA = _load("_cuda", "CUDA") is not None
 
 
-def check_available(implementation: str | None) -> None:
+def check_available(implementation: Any) -> None:
     """Say so where JAX runs on a GPU by default, but this package was built without CUDA."""
     if HAS_CUDA:
         return

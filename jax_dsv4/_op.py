@@ -39,6 +39,7 @@ class Operand:
     name: str
     rank: int
     written: bool = False  # updated in place, and returned
+    like: str | None = None  # the operand whose groups it has, unless it is empty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,10 @@ class Operation:
     def groups_index(self) -> int:
         """Of the operand whose leading dimensions are the groups."""
         return self.names.index(self.groups)
+
+    def __getitem__(self, name: str) -> Operand:
+        """The operand of this name."""
+        return self.operands[self.names.index(name)]
 
     def num_groups(self, operands: Sequence[Any]) -> int:
         """How many group dimensions these operands have."""
@@ -158,18 +163,30 @@ def _map(
     unmapped operand that is only read gets size 1 there, unless other groups already differ in it.
     """
     of_groups = operation.groups_index
-    mapped_axis = int(batched[of_groups])
-    rank = operands[of_groups].ndim - operation.operands[of_groups].rank
-    groups = operands[of_groups].shape[mapped_axis:rank]
-    mapped = []
+    rank = operation.num_groups(operands) - int(batched[of_groups])
+    groups = operands[of_groups].shape[int(batched[of_groups]) :][:rank]
+    mapped = {}
     for operand, x, is_batched in zip(operation.operands, operands, batched, strict=True):
         if not is_batched:
             x = x[None]
-        core = x.shape[x.ndim - operand.rank :]
-        if operand.written or math.prod(x.shape[: x.ndim - operand.rank]) != 1:
-            x = jnp.broadcast_to(x, (axis_size, *groups, *core))
-        mapped.append(x)
-    return mapped
+        mapped[operand.name] = x
+        if operand.written or _is_per_group(operand, x):
+            mapped[operand.name] = _per_group(operand, x, (axis_size, *groups))
+    for operand in operation.operands:
+        if operand.like is not None and mapped[operand.name].size:
+            pair = (operand, operation[operand.like])
+            if any(_is_per_group(o, mapped[o.name]) for o in pair):
+                for o in pair:
+                    mapped[o.name] = _per_group(o, mapped[o.name], (axis_size, *groups))
+    return list(mapped.values())
+
+
+def _is_per_group(operand: Operand, x: Array) -> bool:
+    return math.prod(x.shape[: x.ndim - operand.rank]) != 1
+
+
+def _per_group(operand: Operand, x: Array, groups: tuple[int, ...]) -> Array:
+    return jnp.broadcast_to(x, (*groups, *x.shape[x.ndim - operand.rank :]))
 
 
 def _vary_alike(operands: Sequence[Array]) -> list[Array]:

@@ -64,7 +64,7 @@ DECODE = _op.Operation(
     target="jax_dsv4_paged_kv_compress",
     operands=(
         Operand("kv_score", 3),
-        Operand("kv_score[1]", 3),
+        Operand("kv_score[1]", 3, like="kv_score"),
         Operand("ape", 2),
         Operand("state.kv", 3, written=True),
         Operand("state.score", 3, written=True),

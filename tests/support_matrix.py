@@ -1,6 +1,6 @@
 """README's support matrix, from the list of compiled configurations.
 
-``python tests/readme.py`` rewrites it.
+``python tests/support_matrix.py`` rewrites it.
 """
 
 import pathlib

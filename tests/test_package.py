@@ -1,8 +1,7 @@
-"""Importing the package, its small helpers, and its README."""
+"""Importing the package, and its small helpers."""
 
 import os
 import pathlib
-import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import readme
 
 import jax_dsv4
 from jax_dsv4 import CompressorState, _config, _cpu, _ffi, init_state
@@ -117,31 +115,3 @@ def test_a_state_is_a_pytree_with_a_static_format():
     other = CompressorState(state.kv, state.score, "another")
     assert jax.tree.structure(other) != jax.tree.structure(state)
     assert jax.jit(lambda x: x)(other).format == "another"
-
-
-README_CODE = re.findall(r"^```python\n(.*?)^```", readme.PATH.read_text(), re.M | re.S)
-
-
-SNIPPETS = ("first screen", "state formats", "vmap", "mesh", "scan", "export")
-
-
-@pytest.mark.parametrize("of", SNIPPETS)
-def test_the_readmes_code_runs(of):
-    code = dict(zip(SNIPPETS, README_CODE, strict=True))[of]
-    if of == "mesh" and jax.device_count() < 8:
-        pytest.skip(f"needs 8 devices of one kind, JAX's default has {jax.device_count()}")
-    names = {"__name__": "readme"}
-    with jax.default_device(jax.devices("cpu")[0]):
-        exec(code, names)
-    if of == "first screen":
-        first_values = np.asarray(names["kv_comp"][:, 0, 0] != 0)
-        np.testing.assert_array_equal(np.flatnonzero(first_values), [0, 3, 5])
-
-
-def test_the_readme_lists_the_compiled_configurations():
-    expected = readme.support_matrix()
-    matrix = readme.matrix_in(readme.PATH.read_text())
-    assert matrix == expected, (
-        f"expected in README.md, between {readme.BEGIN} and {readme.END} "
-        f"(python tests/readme.py writes it there):\n\n{expected}\n"
-    )
