@@ -59,10 +59,14 @@ struct DTypes {
   using Out = Out_;
 };
 
-// One of each: what a kernel or a handler is instantiated for.
-template <class Kind, class DTypes>
+// One of each: what a kernel or a handler is instantiated for. kPlain: the call has kv_score in one
+// array, and a state whose layer is known when it is launched. The CUDA kernels exist for such
+// calls and for all others: an address that is known when they are compiled costs no register.
+template <class Kind, class DTypes, bool kPlain_ = false>
 struct Config : Kind, DTypes {
   using KindType = Kind;
+  using Plain = Config<Kind, DTypes, true>;
+  static constexpr bool kPlain = kPlain_;
 };
 
 // ------------------------------------------------------------------------------- the list itself

@@ -42,15 +42,20 @@ struct DecodeParams {
   uint32_t rows_per_layer;  // num_pages * page_size
 };
 
-// So many elements on, maybe in another array. On a GPU as pointer arithmetic: of an address that
-// has been a number, the compiler does not know that it is in global memory.
-template <class Element>
-JAX_DSV4_HD const Element* offset_by(const Element* from, int64_t elements) {
+// In elements: from a new row to the next, and from its kv to its scores.
+template <class Config>
+JAX_DSV4_HD uint32_t row_size(const DecodeParams& p) {
+  return Config::kPlain ? 2 * Config::kStateDim : p.row_size;
+}
+template <class Config>
+JAX_DSV4_HD const typename Config::KvScore* scores_of(const DecodeParams& p,
+                                                      const typename Config::KvScore* kv) {
+  if (Config::kPlain) return kv + Config::kStateDim;
 #ifdef __CUDA_ARCH__
-  return from + elements;
+  return kv + p.score_offset;  // still known to be in global memory
 #else
-  return reinterpret_cast<const Element*>(reinterpret_cast<uintptr_t>(from) +
-                                          elements * sizeof(Element));
+  return reinterpret_cast<const typename Config::KvScore*>(reinterpret_cast<uintptr_t>(kv) +
+                                                           p.score_offset * sizeof(*kv));
 #endif
 }
 
@@ -94,7 +99,7 @@ JAX_DSV4_HD Request<Config> request_at(const DecodeParams& p, uint32_t group, ui
     n = q_len < n ? q_len : n;
   }
   r.pool_row = group * p.rows_per_group;
-  if (p.layer != nullptr) {
+  if (!Config::kPlain && p.layer != nullptr) {
     const uint32_t layer = p.layer[group * p.layer_stride];
     if (layer >= p.num_layers) n = 0;  // a layer that does not exist: nothing is active
     r.pool_row += layer * p.rows_per_layer;
@@ -106,8 +111,9 @@ JAX_DSV4_HD Request<Config> request_at(const DecodeParams& p, uint32_t group, ui
   r.first_window = start / Config::kRatio;
   r.end_window = (active ? static_cast<uint32_t>(length) : 0) / Config::kRatio;
 
-  r.kv_score = static_cast<const KvScore*>(p.kv_score) +
-               uint64_t{index_in(p.kv_score_stride)} * static_cast<uint32_t>(p.next_n) * p.row_size;
+  r.kv_score = static_cast<const KvScore*>(p.kv_score) + uint64_t{index_in(p.kv_score_stride)} *
+                                                             static_cast<uint32_t>(p.next_n) *
+                                                             row_size<Config>(p);
   r.ape = p.ape;
   if (p.ape != nullptr) {
     r.ape += uint64_t{group * p.ape_stride} * (Config::kRatio * Config::kStateDim);

@@ -22,7 +22,7 @@ void write_rows(const DecodeParams& p, const Request<Config>& r) {
   for (int t = std::max(0, -r.first_position); t < r.num_new; ++t) {
     const int32_t position = r.first_position + t;
     const auto* kv_in = r.kv_score + int64_t{t} * p.row_size;
-    const auto* score_in = offset_by(kv_in, p.score_offset);
+    const auto* score_in = scores_of<Config>(p, kv_in);
     const float* ape = r.ape == nullptr ? nullptr : r.ape + (position % Config::kRatio) * S;
     const uint32_t kv_row = r.find_row(p.paging, r.kv_table, position);
     const uint32_t score_row = r.find_row(p.paging, r.score_table, position);
@@ -155,7 +155,7 @@ void decode_prefix(const DecodeParams& p, int64_t index) {
     const uint32_t score_row = r.find_row(p.paging, r.score_table, position);
     if (kv_row != kNowhere && score_row != kNowhere) {
       const auto* kv = r.kv_score + int64_t{t} * p.row_size;
-      const auto* score = offset_by(kv, p.score_offset);
+      const auto* score = scores_of<Config>(p, kv);
       const float* ape = r.ape == nullptr ? nullptr : r.ape + (position % R) * S;
       for (int c = 0; c < S; ++c) {
         const float biased = to_f32(score[c]) + (ape == nullptr ? 0.0f : ape[c]);

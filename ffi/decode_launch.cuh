@@ -73,18 +73,13 @@ void launch_prefix_kernel(cudaStream_t stream, const DecodeParams& p) {
     kernel<<<grid, Token::kThreads, 0, stream>>>(PrefixTokenParams(p));
   } else {
     const dim3 grid(p.batch * T::kSlices, 1, p.num_groups);
-    const bool is_pair = p.row_size == Config::kStateDim;
-    const auto kernel = is_pair ? prefix_kernel<Config, true> : prefix_kernel<Config, false>;
-    kernel<<<grid, T::kThreads, 0, stream>>>(p);
+    prefix_kernel<Config><<<grid, T::kThreads, 0, stream>>>(p);
   }
 }
 
-// Launches a step on a state of this format; in the geometry of this index, or of our choice where
-// it is negative or the format has only one. Returns what is wrong with the call, or null: launch
-// errors proper are left to cudaGetLastError.
 template <class Config>
-const char* launch(cudaStream_t stream, const DecodeParams& p, StateFormat format,
-                   int64_t geometry_index) {
+const char* launch_kernel(cudaStream_t stream, const DecodeParams& p, StateFormat format,
+                          int64_t geometry_index) {
   constexpr int64_t kMaxGridX = 2147483647, kMaxGridYZ = 65535;
   if (p.batch > kMaxGridX / (Config::kHeadDim + int64_t{p.next_n}) || p.num_groups > kMaxGridYZ ||
       p.num_windows > kMaxGridYZ) {
@@ -110,6 +105,18 @@ const char* launch(cudaStream_t stream, const DecodeParams& p, StateFormat forma
     return true;
   });
   return problem;
+}
+
+// Launches a step on a state of this format; in the geometry of this index, or of our choice where
+// it is negative or the format has only one. Returns what is wrong with the call, or null: launch
+// errors proper are left to cudaGetLastError.
+template <class Config>
+const char* launch(cudaStream_t stream, const DecodeParams& p, StateFormat format,
+                   int64_t geometry_index) {
+  const bool is_plain = p.layer == nullptr && p.score_offset == Config::kStateDim &&
+                        p.row_size == 2 * Config::kStateDim;
+  return is_plain ? launch_kernel<typename Config::Plain>(stream, p, format, geometry_index)
+                  : launch_kernel<Config>(stream, p, format, geometry_index);
 }
 
 }  // namespace jax_dsv4

@@ -59,15 +59,16 @@ struct PrefixTokenParams {
   uint32_t per_group;  // the operands that are one per group
   Paging paging;
   const void* kv_score;
-  int64_t score_offset;
-  uint32_t row_size;
-  uint32_t num_layers;
-  const int32_t* layer;
   const float* ape;
   float* kv;
   float* score;
   void* kv_comp;
   uint32_t rows_per_group;
+  // Of calls that are not plain:
+  uint32_t row_size;
+  int64_t score_offset;
+  const int32_t* layer;
+  uint32_t num_layers;
   uint32_t rows_per_layer;
 
   enum PerGroup : uint32_t {
@@ -95,15 +96,15 @@ struct PrefixTokenParams {
                   (p.layer_stride != 0 ? kLayer : kNone)),
         paging(p.paging),
         kv_score(p.kv_score),
-        score_offset(p.score_offset),
-        row_size(p.row_size),
-        num_layers(p.num_layers),
-        layer(p.layer),
         ape(p.ape),
         kv(static_cast<float*>(p.kv)),
         score(static_cast<float*>(p.score)),
         kv_comp(p.kv_comp),
         rows_per_group(p.rows_per_group),
+        row_size(p.row_size),
+        score_offset(p.score_offset),
+        layer(p.layer),
+        num_layers(p.num_layers),
         rows_per_layer(p.rows_per_layer) {}
 };
 
@@ -137,7 +138,7 @@ struct PrefixTokenStep {
   const int32_t* score_table;
   bool one_table;
   // 3.
-  uint32_t layer;
+  uint32_t layer = 0;
   NewVector<Config, 1> rows[kTokens][kHalves];
   float *kv, *score;
   const float* ape;
@@ -199,14 +200,17 @@ struct PrefixTokenStep {
   }
 
   __device__ void load_new_rows() {
-    layer = load_if(p.layer != nullptr, p.layer + (per_group & p.kLayer ? group : 0), 0);
-    const KvScore* const kv_score = opaque(
-        static_cast<const KvScore*>(p.kv_score) +
-        uint64_t{index_in(p.kKvScore)} * static_cast<uint32_t>(p.next_n) * p.row_size + column);
+    if (!Config::kPlain) {
+      layer = load_if(p.layer != nullptr, p.layer + (per_group & p.kLayer ? group : 0), 0);
+    }
+    const uint32_t size = Config::kPlain ? 2 * S : p.row_size;
+    const KvScore* const kv_score =
+        opaque(static_cast<const KvScore*>(p.kv_score) +
+               uint64_t{index_in(p.kKvScore)} * static_cast<uint32_t>(p.next_n) * size + column);
 #pragma unroll
     for (int j = 0; j < kTokens; ++j) {
-      const KvScore* const row = kv_score + uint64_t{p.row_size} * j;
-      const KvScore* const scores = offset_by(row, p.score_offset);
+      const KvScore* const row = kv_score + uint64_t{size} * j;
+      const KvScore* const scores = row + (Config::kPlain ? S : p.score_offset);
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
         rows[j][half].kv_in.x[0] = load_if(j < p.next_n, row + half * D, KvScore{});
@@ -221,7 +225,7 @@ struct PrefixTokenStep {
 
   __device__ bool is_active() {
     num_new = min(q_len, p.next_n);
-    return min(length, num_new) > 0 && layer < p.num_layers;
+    return min(length, num_new) > 0 && (Config::kPlain || layer < p.num_layers);
   }
 
   // Lane j looks up the row of token j, and the next lane the row before the step. Where windows
@@ -234,8 +238,8 @@ struct PrefixTokenStep {
     int position = position_of(first_position, lane < kTokens ? lane : -1);
     if (Config::kOverlap && lane == kTokens + 1) position = begin - 1;
     const uint32_t page = static_cast<uint32_t>(position) / p.paging.page_size;
-    const uint32_t slot = position - page * p.paging.page_size.value + group * p.rows_per_group +
-                          layer * p.rows_per_layer;
+    uint32_t slot = position - page * p.paging.page_size.value + group * p.rows_per_group;
+    if (!Config::kPlain) slot += layer * p.rows_per_layer;
     const bool wanted =
         (lane >= kTokens || lane < num_new) && position >= 0 && page < p.paging.max_pages;
 #pragma unroll
@@ -375,7 +379,7 @@ struct PrefixTile {
 };
 
 // One thread's part of a step: kVector columns of a request.
-template <class Config, bool kPair>
+template <class Config>
 struct PrefixStep {
   using T = PrefixTile<Config>;
   using Out = typename Config::Out;
@@ -398,30 +402,37 @@ struct PrefixStep {
   const int column;
   float* const kv;
   float* const score;
-  const int start;  // the position of the first token that is stored
   NewVector<Config, kVector> rows[kRows][kHalves];
   PrefixVector open[kHalves];  // of the window that the last token is in
   PrefixVector before;         // the first half of the window before it
 
-  // Of tokens t0 to t0 + kRows - 1:
-  int first;                   // the position of the first
-  uint32_t phase;              // of that position in its window
-  uint32_t kv_row, score_row;  // lane j: of token t0 + j, or of a row before the step
-  int last;                    // the token that completes a window, or kRows
-  PrefixVector merged[kRows][kHalves];
-  PrefixVector value, value_before;  // of that window
+  // Of tokens t0 to t0 + kRows - 1.
+  struct Tokens {
+    int first;                   // the position of the first
+    uint32_t phase;              // of that position in its window
+    uint32_t kv_row, score_row;  // lane j: of token t0 + j, or of a row before the step
+  };
+  struct Merged {
+    uint32_t kv_to[kRows], score_to[kRows];  // where the prefixes are stored
+    PrefixVector prefixes[kRows][kHalves];
+    int last;                          // the token that completes a window, or kRows
+    PrefixVector value, value_before;  // of that window
+  };
 
   __device__ PrefixStep(const DecodeParams& p, const Request<Config>& r, int column)
       : p(p),
         r(r),
         column(column),
         kv(opaque(static_cast<float*>(p.kv) + column)),
-        score(opaque(static_cast<float*>(p.score) + column)),
-        start(max(r.first_position, 0)) {
+        score(opaque(static_cast<float*>(p.score) + column)) {
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) open[half].clear();
     before.clear();
   }
+
+  // The position of the first token that is stored. Not a member: kept over all phases, it costs
+  // the registers that let stores overlap with merges.
+  __device__ int first_stored() const { return max(r.first_position, 0); }
 
   __device__ void load_new_rows(int t0) {
 #pragma unroll
@@ -429,18 +440,18 @@ struct PrefixStep {
       if (t0 + j >= p.next_n) continue;
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
-        const auto* row = r.kv_score + int64_t{t0 + j} * (kPair ? S : 2 * S) + half * D + column;
-        const auto* scores = kPair ? offset_by(row, p.score_offset) : row + S;
-        rows[j][half] = NewVector<Config, kVector>(row, scores);
+        rows[j][half] = NewVector<Config, kVector>(p, r, t0 + j, half * D + column);
       }
     }
   }
 
   // Lane j looks up the row of token t0 + j, and two lanes the rows before the step: the one before
   // `start`, if of the same window; where windows overlap, the last of the window before.
-  __device__ void look_up_rows(int t0) {
+  __device__ Tokens look_up_rows(int t0) {
+    const int start = first_stored();
     const int lane = threadIdx.x % 32;
-    first = position_of(r.first_position, t0);
+    Tokens tokens;
+    tokens.first = position_of(r.first_position, t0);
     int position = position_of(r.first_position, t0 + lane);
     bool wanted = lane < kRows && t0 + lane < r.num_new;
     if (t0 == 0 && lane == kRows) {
@@ -454,45 +465,50 @@ struct PrefixStep {
     wanted = wanted && position >= 0;
     const TableEntry kv_entry = look_up_if(wanted, p.paging, r.kv_table, position);
     const TableEntry score_entry = look_up_if(wanted, p.paging, r.score_table, position);
-    phase = static_cast<uint32_t>(first) % R;
+    tokens.phase = static_cast<uint32_t>(tokens.first) % R;
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
-        rows[j][half].load_bias(r, phase + j, half * D + column);
+        rows[j][half].load_bias(r, tokens.phase + j, half * D + column);
       }
     }
-    kv_row = r.row_at(p.paging, kv_entry);
-    score_row = r.row_at(p.paging, score_entry);
+    tokens.kv_row = r.row_at(p.paging, kv_entry);
+    tokens.score_row = r.row_at(p.paging, score_entry);
+    return tokens;
   }
 
   // A row that is nowhere holds no prefix.
-  __device__ void load_row_before(PrefixVector& prefix, int from_lane, int half) {
-    const uint32_t kv_from = __shfl_sync(~0u, kv_row, from_lane);
-    const uint32_t score_from = __shfl_sync(~0u, score_row, from_lane);
+  __device__ void load_row_before(const Tokens& tokens, PrefixVector& prefix, int from_lane,
+                                  int half) {
+    const uint32_t kv_from = __shfl_sync(~0u, tokens.kv_row, from_lane);
+    const uint32_t score_from = __shfl_sync(~0u, tokens.score_row, from_lane);
     if (kv_from == kNowhere || score_from == kNowhere) return;
     prefix.lse = load<float, kVector>(score + uint64_t{score_from} * S + half * D);
     prefix.mean = load<float, kVector>(kv + uint64_t{kv_from} * S + half * D);
   }
-  __device__ void load_rows_before() {
+  __device__ void load_rows_before(const Tokens& tokens) {
 #pragma unroll
-    for (int half = 0; half < kHalves; ++half) load_row_before(open[half], kRows, half);
-    if (Config::kOverlap) load_row_before(before, kRows + 1, 0);
+    for (int half = 0; half < kHalves; ++half) load_row_before(tokens, open[half], kRows, half);
+    if (Config::kOverlap) load_row_before(tokens, before, kRows + 1, 0);
   }
 
   // There is no branch and no store between the merges: a token then waits only for the scores
   // before it. A row that is nowhere merges as one without weight.
-  __device__ void merge_new_rows(int t0, uint32_t (&kv_to)[kRows], uint32_t (&score_to)[kRows]) {
-    last = R - 1 - static_cast<int>(phase);
-    if (last >= r.num_new - t0 || first + last < 0) last = kRows;
-    value.clear();
-    value_before.clear();
+  __device__ Merged merge_new_rows(int t0, const Tokens& tokens) {
+    const int start = first_stored();
+    Merged merged;
+    int last = R - 1 - static_cast<int>(tokens.phase);
+    if (last >= r.num_new - t0 || tokens.first + last < 0) last = kRows;
+    merged.last = last;
+    merged.value.clear();
+    merged.value_before.clear();
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
-      kv_to[j] = __shfl_sync(~0u, kv_row, j);
-      score_to[j] = __shfl_sync(~0u, score_row, j);
-      const bool exists = kv_to[j] != kNowhere && score_to[j] != kNowhere;
-      const bool starts = (phase + j) % R == 0;
+      merged.kv_to[j] = __shfl_sync(~0u, tokens.kv_row, j);
+      merged.score_to[j] = __shfl_sync(~0u, tokens.score_row, j);
+      const bool exists = merged.kv_to[j] != kNowhere && merged.score_to[j] != kNowhere;
+      const bool starts = (tokens.phase + j) % R == 0;
       if (Config::kOverlap && starts && position_of(r.first_position, t0 + j) > start) {
         before = open[0];
       }
@@ -507,32 +523,35 @@ struct PrefixStep {
           open[half].lse.x[v] = prefix.lse;
           open[half].mean.x[v] = prefix.mean;
         }
-        merged[j][half] = open[half];
+        merged.prefixes[j][half] = open[half];
       }
       if (j == last) {
-        value = open[kHalves - 1];
-        value_before = before;
+        merged.value = open[kHalves - 1];
+        merged.value_before = before;
       }
     }
+    return merged;
   }
 
-  __device__ void store_rows(const uint32_t (&kv_to)[kRows], const uint32_t (&score_to)[kRows]) {
+  __device__ void store_rows(const Merged& merged) const {
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
-      float* const to_score = score + uint64_t{score_to[j]} * S;
-      float* const to_kv = kv + uint64_t{kv_to[j]} * S;
+      float* const to_score = score + uint64_t{merged.score_to[j]} * S;
+      float* const to_kv = kv + uint64_t{merged.kv_to[j]} * S;
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
-        if (score_to[j] != kNowhere) store(to_score + half * D, merged[j][half].lse);
-        if (kv_to[j] != kNowhere) store(to_kv + half * D, merged[j][half].mean);
+        const PrefixVector& prefix = merged.prefixes[j][half];
+        if (merged.score_to[j] != kNowhere) store(to_score + half * D, prefix.lse);
+        if (merged.kv_to[j] != kNowhere) store(to_kv + half * D, prefix.mean);
       }
     }
   }
 
-  __device__ void store_value(Out* out) {
+  __device__ static void store_value(const Merged& merged, Out* out) {
     Vector<Out, kVector> values;
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
+      const PrefixVector &value = merged.value, &value_before = merged.value_before;
       Prefix window{value.lse.x[v], value.mean.x[v]};
       if (Config::kOverlap) {
         window = merge({value_before.lse.x[v], value_before.mean.x[v]}, window);
@@ -543,11 +562,11 @@ struct PrefixStep {
   }
 };
 
-template <class Config, bool kPair>
+template <class Config>
 __global__ void __launch_bounds__(PrefixTile<Config>::kThreads, PrefixTile<Config>::kMinCtas)
     prefix_kernel(const __grid_constant__ DecodeParams p) {
   using T = PrefixTile<Config>;
-  using Step = PrefixStep<Config, kPair>;
+  using Step = PrefixStep<Config>;
   using Out = typename Config::Out;
   const uint32_t index = blockIdx.x / T::kSlices;
   const int column = (blockIdx.x % T::kSlices * T::kThreads + threadIdx.x) * T::kVector;
@@ -559,13 +578,12 @@ __global__ void __launch_bounds__(PrefixTile<Config>::kThreads, PrefixTile<Confi
   step.load_new_rows(0);
 #pragma unroll 1
   for (int t0 = 0;;) {
-    step.look_up_rows(t0);
-    if (t0 == 0) step.load_rows_before();
-    uint32_t kv_to[Step::kRows], score_to[Step::kRows];
-    step.merge_new_rows(t0, kv_to, score_to);
-    step.store_rows(kv_to, score_to);
-    if (step.last < Step::kRows) {
-      step.store_value(out);
+    const auto tokens = step.look_up_rows(t0);
+    if (t0 == 0) step.load_rows_before(tokens);
+    const auto merged = step.merge_new_rows(t0, tokens);
+    step.store_rows(merged);
+    if (merged.last < Step::kRows) {
+      step.store_value(merged, out);
       out += Config::kHeadDim;
     }
     if ((t0 += Step::kRows) >= r.num_new) break;

@@ -122,18 +122,14 @@ struct NewVector {
   Vector<float, kSize> bias;
 
   NewVector() = default;
-  __device__ NewVector(const KvScore* kv, const KvScore* score) {
-    kv_in = load<KvScore, kSize>(kv);
-    score_in = load<KvScore, kSize>(score);
-#pragma unroll
-    for (int v = 0; v < kSize; ++v) bias.x[v] = -0.0f;  // adding +0 would lose a -0
-  }
   // Loads row t < next_n from channel `from` of the state on. This does not depend on the request's
   // length; the bias does.
-  static __device__ NewVector of_row(const DecodeParams& p, const Request<Config>& r, int t,
-                                     int from) {
-    const KvScore* row = r.kv_score + uint64_t{static_cast<uint32_t>(t)} * p.row_size + from;
-    return NewVector(row, offset_by(row, p.score_offset));
+  __device__ NewVector(const DecodeParams& p, const Request<Config>& r, int t, int from) {
+    const KvScore* row = r.kv_score + int64_t{t} * row_size<Config>(p) + from;
+    kv_in = load<KvScore, kSize>(row);
+    score_in = load<KvScore, kSize>(scores_of<Config>(p, row));
+#pragma unroll
+    for (int v = 0; v < kSize; ++v) bias.x[v] = -0.0f;  // adding +0 would lose a -0
   }
   __device__ void load_bias(const Request<Config>& r, uint32_t position, int from) {
     if (r.ape != nullptr) {
@@ -183,7 +179,7 @@ __device__ void write_row(const DecodeParams& p, const Request<Config>& r, int t
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int column = (32 * i + lane) * kVector;
-    row[i] = NewVector<Config, kVector>::of_row(p, r, t, column);
+    row[i] = NewVector<Config, kVector>(p, r, t, column);
     row[i].load_bias(r, position, column);
   }
   const uint32_t kv_row = r.row_at(p.paging, kv_entry);
@@ -250,7 +246,7 @@ struct WindowReducer {
     if (position >= (window + 1u) * R || position - r.first_position >= r.num_new) return row;
     row.exists = true;
     const int from = column_at(position);
-    row.vector = NewVector<Config, T::kVector>::of_row(p, r, position - r.first_position, from);
+    row.vector = NewVector<Config, T::kVector>(p, r, position - r.first_position, from);
     row.vector.load_bias(r, position, from);
     row.kv_entry = look_up(p.paging, r.kv_table, position);
     row.score_entry = look_up(p.paging, r.score_table, position);
