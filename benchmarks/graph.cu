@@ -232,7 +232,7 @@ void measure(const Point& point) {
   const Buffer<typename Config::Out> kv_comp(batch * num_windows * Config::kHeadDim);
   const Buffer<int32_t> tables(all_tables), kv_lens(point.numbers("kv_lens"));
   DecodeParams p = {};
-  p.new_kv = kv_score.get(), p.new_score = kv_score.get() + S, p.new_row_size = 2 * S;
+  p.kv_score = kv_score.get(), p.row_size = 2 * S, p.score_offset = S;
   p.ape = ape.get(), p.kv_lens = kv_lens.get(), p.kv_comp = kv_comp.get();
   p.num_groups = 1, p.batch = batch, p.next_n = next_n, p.num_windows = num_windows;
   p.num_layers = 1, p.rows_per_layer = p.rows_per_group = num_pages * page_size;

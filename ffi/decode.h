@@ -3,19 +3,23 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "config.h"
 #include "paging.h"
 
 namespace jax_dsv4 {
 
+// The operands of a plain call (config.h), and all that a kernel for such calls is given: a kernel
+// waits for its parameters, 64 bytes at a time.
+//
 // G groups (any leading dimensions, folded) of B requests each; every group has a pool of its own,
 // of one layer or of several. An operand of shape [G or 1, ...] is one per group, or one that all
 // groups share.
-struct DecodeParams {
+struct PlainParams {
   void* kv;                     // [G, layers, num_pages, page_size, S] state, updated in place
   void* score;                  // [G, layers, num_pages, page_size, S] state, updated in place
-  const void* kv_score;         // [G or 1, B, next_n] rows, row_size apart: S of kv; then score
+  const void* kv_score;         // [G or 1, B, next_n, 2 S]
   const float* ape;             // [G or 1, R, S]; null: no bias
   const int32_t* kv_tables;     // [G or 1, B, max_pages]
   const int32_t* score_tables;  // [G or 1, B, max_pages]
@@ -26,37 +30,56 @@ struct DecodeParams {
   uint32_t num_groups;  // G
   uint32_t batch;       // B; G B < 2^31
   int32_t next_n;
-  uint32_t rows_per_group;  // of the state: layers * rows_per_layer
+  uint32_t rows_per_group;  // of the state: layers * num_pages * page_size
   int32_t num_windows;      // ceil(next_n / R), the most that one step can complete
   Paging paging;
 
   // From one group to the next, in requests: B, or 0 where all groups share the operand.
   uint32_t kv_score_stride, kv_tables_stride, score_tables_stride, kv_lens_stride, q_lens_stride;
   uint32_t ape_stride;  // in arrays [R, S]: 1 or 0
-
-  int64_t score_offset;   // from a row of kv to its scores, in elements: S, or to another array
-  const int32_t* layer;   // [G or 1]; null: `kv` and `score` are at the layer already
-  uint32_t row_size;      // in elements: 2 S, or S where the scores are in another array
-  uint32_t layer_stride;  // 1 or 0
-  uint32_t num_layers;
-  uint32_t rows_per_layer;  // num_pages * page_size
 };
 
-// In elements: from a new row to the next, and from its kv to its scores.
+// The operands of any call. Where `layer` is null, `kv` and `score` are at the layer already.
+struct DecodeParams : PlainParams {
+  uint32_t row_size;        // of kv_score, in elements: 2 S, or S where the scores are apart
+  int64_t score_offset;     // from a row of kv to its scores, in elements: S, or to another array
+  const int32_t* layer;     // [G or 1], or null
+  uint32_t layer_stride;    // 1 or 0
+  uint32_t num_layers;      // in a group
+  uint32_t rows_per_layer;  // num_pages * page_size
+
+  bool is_plain(int64_t state_dim) const {
+    return layer == nullptr && score_offset == state_dim && row_size == 2 * state_dim;
+  }
+};
+
 template <class Config>
-JAX_DSV4_HD uint32_t row_size(const DecodeParams& p) {
-  return Config::kPlain ? 2 * Config::kStateDim : p.row_size;
+using ParamsOf = std::conditional_t<Config::kPlain, PlainParams, DecodeParams>;
+
+// From a new row to the next, in elements.
+template <class Config>
+JAX_DSV4_HD uint32_t row_size(const ParamsOf<Config>& p) {
+  if constexpr (Config::kPlain) {
+    return 2 * Config::kStateDim;
+  } else {
+    return p.row_size;
+  }
 }
+
+// The scores of the row whose kv is here.
 template <class Config>
-JAX_DSV4_HD const typename Config::KvScore* scores_of(const DecodeParams& p,
+JAX_DSV4_HD const typename Config::KvScore* scores_of(const ParamsOf<Config>& p,
                                                       const typename Config::KvScore* kv) {
-  if (Config::kPlain) return kv + Config::kStateDim;
+  if constexpr (Config::kPlain) {
+    return kv + Config::kStateDim;
+  } else {
 #ifdef __CUDA_ARCH__
-  return kv + p.score_offset;  // still known to be in global memory
+    return kv + p.score_offset;  // as a number, the address would not be known to be global
 #else
-  return reinterpret_cast<const typename Config::KvScore*>(reinterpret_cast<uintptr_t>(kv) +
-                                                           p.score_offset * sizeof(*kv));
+    return reinterpret_cast<const typename Config::KvScore*>(reinterpret_cast<uintptr_t>(kv) +
+                                                             p.score_offset * sizeof(*kv));
 #endif
+  }
 }
 
 template <class Config>
@@ -64,7 +87,7 @@ struct Request {
   using KvScore = typename Config::KvScore;
 
   uint32_t pool_row;           // the first row of its group's layer in `kv` and `score`
-  const KvScore* kv_score;     // [next_n] rows, row_size apart
+  const KvScore* kv_score;     // [next_n] rows, row_size apart: S of kv
   const float* ape;            // [R, S] or null
   const int32_t* kv_table;     // [max_pages]
   const int32_t* score_table;  // [max_pages]
@@ -87,7 +110,7 @@ struct Request {
 };
 
 template <class Config>
-JAX_DSV4_HD Request<Config> request_at(const DecodeParams& p, uint32_t group, uint32_t index) {
+JAX_DSV4_HD Request<Config> request_at(const ParamsOf<Config>& p, uint32_t group, uint32_t index) {
   using KvScore = typename Config::KvScore;
   const auto index_in = [&](uint32_t stride) { return group * stride + index; };
 
@@ -99,10 +122,12 @@ JAX_DSV4_HD Request<Config> request_at(const DecodeParams& p, uint32_t group, ui
     n = q_len < n ? q_len : n;
   }
   r.pool_row = group * p.rows_per_group;
-  if (!Config::kPlain && p.layer != nullptr) {
-    const uint32_t layer = p.layer[group * p.layer_stride];
-    if (layer >= p.num_layers) n = 0;  // a layer that does not exist: nothing is active
-    r.pool_row += layer * p.rows_per_layer;
+  if constexpr (!Config::kPlain) {
+    if (p.layer != nullptr) {
+      const uint32_t layer = p.layer[group * p.layer_stride];
+      if (layer >= p.num_layers) n = 0;  // a layer that does not exist: nothing is active
+      r.pool_row += layer * p.rows_per_layer;
+    }
   }
   const bool active = length > 0 && n > 0;
   r.num_new = active ? n : 0;

@@ -113,10 +113,9 @@ const char* launch_kernel(cudaStream_t stream, const DecodeParams& p, StateForma
 template <class Config>
 const char* launch(cudaStream_t stream, const DecodeParams& p, StateFormat format,
                    int64_t geometry_index) {
-  const bool is_plain = p.layer == nullptr && p.score_offset == Config::kStateDim &&
-                        p.row_size == 2 * Config::kStateDim;
-  return is_plain ? launch_kernel<typename Config::Plain>(stream, p, format, geometry_index)
-                  : launch_kernel<Config>(stream, p, format, geometry_index);
+  return p.is_plain(Config::kStateDim)
+             ? launch_kernel<typename Config::Plain>(stream, p, format, geometry_index)
+             : launch_kernel<Config>(stream, p, format, geometry_index);
 }
 
 }  // namespace jax_dsv4

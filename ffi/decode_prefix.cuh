@@ -397,7 +397,7 @@ struct PrefixStep {
     }
   };
 
-  const DecodeParams& p;
+  const ParamsOf<Config>& p;
   const Request<Config>& r;
   const int column;
   float* const kv;
@@ -419,7 +419,7 @@ struct PrefixStep {
     PrefixVector value, value_before;  // of that window
   };
 
-  __device__ PrefixStep(const DecodeParams& p, const Request<Config>& r, int column)
+  __device__ PrefixStep(const ParamsOf<Config>& p, const Request<Config>& r, int column)
       : p(p),
         r(r),
         column(column),
@@ -564,7 +564,7 @@ struct PrefixStep {
 
 template <class Config>
 __global__ void __launch_bounds__(PrefixTile<Config>::kThreads, PrefixTile<Config>::kMinCtas)
-    prefix_kernel(const __grid_constant__ DecodeParams p) {
+    prefix_kernel(const __grid_constant__ ParamsOf<Config> p) {
   using T = PrefixTile<Config>;
   using Step = PrefixStep<Config>;
   using Out = typename Config::Out;

@@ -59,7 +59,7 @@ struct Tile {
 
 // Prefetches a request's tables while its length is loaded: a sector of 8 entries per thread.
 // Entries past those sectors are looked up all the same.
-__device__ __forceinline__ void prefetch_tables(const DecodeParams& p, uint32_t group,
+__device__ __forceinline__ void prefetch_tables(const PlainParams& p, uint32_t group,
                                                 uint32_t index) {
   const uint32_t entry = 8 * threadIdx.x;
   const auto prefetch = [&](const int32_t* tables, uint32_t stride) {
@@ -124,7 +124,7 @@ struct NewVector {
   NewVector() = default;
   // Loads row t < next_n from channel `from` of the state on. This does not depend on the request's
   // length; the bias does.
-  __device__ NewVector(const DecodeParams& p, const Request<Config>& r, int t, int from) {
+  __device__ NewVector(const ParamsOf<Config>& p, const Request<Config>& r, int t, int from) {
     const KvScore* row = r.kv_score + int64_t{t} * row_size<Config>(p) + from;
     kv_in = load<KvScore, kSize>(row);
     score_in = load<KvScore, kSize>(scores_of<Config>(p, row));
@@ -159,7 +159,7 @@ inline constexpr bool kReducersStore = !Config::kOverlap;
 // Stores row t of a request by one warp, unless a reducer does. The warp of every R-th row also
 // stores the zeros of one row of the output, if no completed window goes there.
 template <class Config, int kVector>
-__device__ void write_row(const DecodeParams& p, const Request<Config>& r, int t,
+__device__ void write_row(const ParamsOf<Config>& p, const Request<Config>& r, int t,
                           typename Config::Out* out) {
   using State = typename Config::State;
   using Out = typename Config::Out;
@@ -210,7 +210,7 @@ struct WindowReducer {
   using Out = typename Config::Out;
   static constexpr int R = Config::kRatio, S = Config::kStateDim;
 
-  const DecodeParams& p;
+  const ParamsOf<Config>& p;
   const Request<Config>& r;
   const int window;
   const int begin;  // position of the first reduced row; negative where there is none
@@ -218,7 +218,7 @@ struct WindowReducer {
   const int column;  // of D
   Partial<T::kVector> partial;
 
-  __device__ WindowReducer(const DecodeParams& p, const Request<Config>& r, int window,
+  __device__ WindowReducer(const ParamsOf<Config>& p, const Request<Config>& r, int window,
                            int slice_column)
       : p(p),
         r(r),
@@ -354,7 +354,7 @@ struct WindowReducer {
 template <class Config, class Geometry>
 __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads,
                                   Tile<Config, Geometry>::kMinCtas)
-    paged_kv_compress_kernel(const __grid_constant__ DecodeParams p,
+    paged_kv_compress_kernel(const __grid_constant__ ParamsOf<Config> p,
                              const __grid_constant__ Divisor ctas_per_request) {
   using T = Tile<Config, Geometry>;
   using Out = typename Config::Out;

@@ -201,14 +201,19 @@ def test_on_a_mesh_the_groups_are_split(axis_type, layer_of):
     groups = [cases.make_operands(case, seed) for seed in range(count)]
     devices = jax.devices("cpu")[:count]
     mesh = jax.make_mesh((count,), ("data",), axis_types=(axis_type,), devices=devices)
-    arrays = []
+    arrays, in_axes = [], []
     for name in OPERAND_NAMES:
-        array = np.stack([getattr(x, name) for x in groups]) if name != "ape" else groups[0].ape
-        if name in ("kv", "score"):
-            array = np.stack([array] * LAYERS, 1)
-        spec = P() if name == "ape" else P("data")
-        arrays.append(jax.device_put(array, NamedSharding(mesh, spec)))
-    in_axes = [None if name == "ape" else 0 for name in OPERAND_NAMES]
+        values = [getattr(x, name) for x in groups]
+        shared = name == "ape"
+        if values[0] is None:
+            arrays.append(None)
+        else:
+            array = values[0] if shared else np.stack(values)
+            if name in ("kv", "score"):
+                array = np.stack([array] * LAYERS, 1)
+            spec = P() if shared else P("data")
+            arrays.append(jax.device_put(array, NamedSharding(mesh, spec)))
+        in_axes.append(None if shared or values[0] is None else 0)
 
     def step(*operands):
         return step_of(case, "ffi")(*operands, layer=layer_of(1))
