@@ -18,9 +18,9 @@ Three times, in microseconds:
 
 - step: programs of one step dispatched back to back, with a wait at the end of all; by the number
   of programs.
-- dispatch: what the host spends on a program. Short bursts of programs are dispatched without a
-  wait, and only the calls themselves are timed, not the wait after a burst. A long row of programs
-  would fill the launch queue, and the calls would then wait for the device.
+- dispatch: what the host spends on a program: the median over single calls, in short bursts that
+  are not waited for. A long row of programs would fill the launch queue, and the calls would then
+  wait for the device; the first calls after a wait are slower than those in a row, and left out.
 - GPU: what one more step adds to a program, from programs of 9 steps and of 1, back to back. Too
   little where a program of 1 step is bound by its dispatch: by at most (step - GPU) / 8. It means
   nothing where that of 9 is, too. ``nine_us`` in the records is the program of 9 steps.
@@ -29,6 +29,7 @@ Three times, in microseconds:
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -60,7 +61,7 @@ KINDS = (Kind("CSA", 512, 4, 21), Kind("indexer", 128, 4, 21), Kind("HCA", 512, 
 NEXT_N, PAGE_SIZE, LAST = 4, 32, 256  # the longest length
 LAYOUTS, FORMATS = ("list", "layers"), ("raw", "prefix")
 MANY_STEPS = 9
-BURST, BURSTS = 8, 40
+BURST, BURSTS, FIRST_CALLS = 16, 40, 4
 ROUNDS = 7
 
 
@@ -152,14 +153,14 @@ def measure(batch: int, format: str, layout: str, runs: int) -> dict[str, float]
         jax.block_until_ready(states)
         return (time.perf_counter() - start) / count
 
-    def time_burst(program) -> float:
+    def time_single_calls(program) -> list[float]:
         nonlocal states
-        start = time.perf_counter()
+        times = [time.perf_counter()]
         for _ in range(BURST):
             states = program(states, inputs)
-        dispatched = time.perf_counter()
+            times.append(time.perf_counter())
         jax.block_until_ready(states)
-        return (dispatched - start) / BURST
+        return list(np.diff(times)[FIRST_CALLS:])
 
     one, nine = make_program(1, layout), make_program(MANY_STEPS, layout)
     counts = {one: runs, nine: max(1, runs // MANY_STEPS)}
@@ -168,7 +169,8 @@ def measure(batch: int, format: str, layout: str, runs: int) -> dict[str, float]
     # In turns: a clock that drifts shifts both.
     rounds = [[time_back_to_back(*item) for item in counts.items()] for _ in range(ROUNDS)]
     of_one, of_nine = (1e6 * statistics.median(times) for times in zip(*rounds, strict=True))
-    dispatch = 1e6 * statistics.median(time_burst(one) for _ in range(BURSTS))
+    bursts = [time_single_calls(one) for _ in range(BURSTS)]
+    dispatch = 1e6 * statistics.median(itertools.chain(*bursts))
     return {
         "step_us": round(of_one, 1),
         "dispatch_us": round(dispatch, 1),
