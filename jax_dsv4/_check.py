@@ -1,4 +1,4 @@
-"""Doors for what users pass: each returns it in one form, or names it in an error."""
+"""Checks of what users pass: each returns it in one form, or names it in an error."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ def array(name: str, x: Any, dtypes: Sequence[str], *shape: int | str) -> Array:
     dtype = given.dtype.name
     if dtype not in dtypes:
         cast = (
-            f"; cast it yourself: {name}.astype(jnp.int32)" if dtype in ("int64", "uint32") else ""
+            f"; cast it yourself: {name}.astype(jnp.int32)"
+            if "int32" in dtypes and dtype in ("int64", "uint32")
+            else ""
         )
         raise TypeError(f"{name}: expected {' or '.join(dtypes)}, got {dtype}{cast}")
     fits = len(given.shape) == len(shape) and all(

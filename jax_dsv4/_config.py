@@ -11,7 +11,7 @@ from jax_dsv4 import _cpu
 
 
 class Geometry(NamedTuple):
-    """How a CUDA thread block shares one window's reduction: see ``ffi/config.h``."""
+    """How a CUDA thread block shares one window's reduction: see ``ffi/tuning.h``."""
 
     warps: int
     lanes: int

@@ -62,4 +62,4 @@ def check_available(implementation: Any) -> None:
     remedy = "see the troubleshooting page of its docs"
     if implementation == "ffi":
         raise RuntimeError(f'implementation="ffi": {problem}; {remedy}')
-    warnings.warn(f"{problem}: on a GPU, the slow jnp reference runs; {remedy}", stacklevel=4)
+    warnings.warn(f"{problem}: on a GPU, the slow jnp reference runs; {remedy}", stacklevel=3)

@@ -173,7 +173,7 @@ def _map(
         if operand.written or _is_per_group(operand, x):
             mapped[operand.name] = _per_group(operand, x, (axis_size, *groups))
     for operand in operation.operands:
-        if operand.like is not None and mapped[operand.name].size:
+        if operand.like is not None and mapped[operand.name].shape[-1]:  # not an absent one
             pair = (operand, operation[operand.like])
             if any(_is_per_group(o, mapped[o.name]) for o in pair):
                 for o in pair:

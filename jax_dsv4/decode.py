@@ -113,7 +113,7 @@ def _tables(block_tables: Any, batch: int) -> tuple[Array, Array]:
 def _layer(layer: Any, num_layers: int) -> tuple[int, Array]:
     """(index, [0]) of a layer that is known; (-1, [1]) of one that is on the device.
 
-    A Python index out of range goes to the device, too: it reaches nothing.
+    A Python index out of range goes to the device, too, and reaches nothing, if it fits an i32.
     """
     if layer is None:
         return -1, jnp.zeros(0, jnp.int32)
@@ -303,7 +303,8 @@ def raw_to_prefix(
     def convert(layer: Array | None, prefixes: CompressorState) -> CompressorState:
         # From the start of a window, and of scores that have their bias: rows as a step's new ones.
         at = jnp.zeros(0, jnp.int32) if layer is None else layer[None]
-        rows = (rows_of(kv, tables[0], at), rows_of(score, tables[1], at))
+        # A layer is still raw when its turn comes, and f32 holds bf16 exactly.
+        rows = (rows_of(prefixes.kv, tables[0], at), rows_of(prefixes.score, tables[1], at))
         _, prefixes = paged_kv_compress(
             rows,
             None,
