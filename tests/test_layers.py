@@ -190,6 +190,7 @@ def test_groups_have_layers_of_their_own(case, layers, implementation, device):
         check_results(got, want, case.state_format)
         others = np.arange(LAYERS) != layer
         check_same_bits(kv[group, others], pools["kv"][group, others])
+        check_same_bits(score[group, others], pools["score"][group, others])
     if implementation == "ffi":
         assert jax.jit(step).lower(*arrays).as_text().count(f"@{DECODE.target}(") == 1
 
@@ -229,6 +230,7 @@ def test_on_a_mesh_the_groups_are_split(axis_type, layer_of):
         want = run(case, own, "ffi", devices[0])
         check_results(Results(kv[i, 1], score[i, 1], kv_comp[i]), want)
         check_same_bits(kv[i, ::2], np.stack([operands.kv] * 2))
+        check_same_bits(score[i, ::2], np.stack([operands.score] * 2))
 
 
 def test_states_of_layers_convert_layer_by_layer(device):
