@@ -95,8 +95,9 @@ inline ffi::ErrorOr<DecodeCall> check_decode(ffi::RemainingArgs operands,
   if (!check.ok()) return failure();
   const bool has_layer_operand = b.layer.dimensions().back() != 0;
   const bool has_layers = has_layer_operand || a.layer != kNoLayer;
+  const int pool_rank = has_layers ? 4 : 3;
   check.require_rank(
-      "state.kv", b.kv, 3 + has_layers,
+      "state.kv", b.kv, pool_rank,
       has_layers ? "layers, num_pages, page_size, state_dim" : "num_pages, page_size, state_dim");
   check.require(a.next_n >= 1 && a.next_n <= kInt32Max, "next_n: expected 1 to 2^31 - 1");
   check.require(static_cast<size_t>(a.state_format) < std::size(kStateFormatNames),
@@ -140,8 +141,8 @@ inline ffi::ErrorOr<DecodeCall> check_decode(ffi::RemainingArgs operands,
   // Shapes and dtypes.
   const int64_t S = call.selection.state_dim(), R = a.compress_ratio;
   const Dims kv_dims = dims_of(b.kv);
-  const Dims pool(kv_dims.end() - 3 - has_layers, kv_dims.end());  // of one group
-  check.set_groups({kv_dims.begin(), kv_dims.end() - 3 - has_layers});
+  const Dims pool(kv_dims.end() - pool_rank, kv_dims.end());  // of one group
+  check.set_groups({kv_dims.begin(), kv_dims.end() - pool_rank});
   const int64_t num_layers = has_layers ? pool.front() : 1;
   const int64_t num_pages = *(pool.end() - 3), page_size = *(pool.end() - 2);
   const int64_t batch = b.kv_lens.dimensions().back();
@@ -187,9 +188,10 @@ inline ffi::ErrorOr<DecodeCall> check_decode(ffi::RemainingArgs operands,
                 "operand");
   check.require(page_size >= 1 && page_size <= kInt32Max, "page_size: expected 1 to 2^31 - 1");
   const int64_t groups = check.num_groups();
-  check.require(groups * batch <= kInt32Max && max_pages <= kInt32Max,
+  check.require(product_of({groups, batch}) <= kInt32Max && max_pages <= kInt32Max,
                 "kv_tables: requests and max_pages must be below 2^31");
-  check.require(num_pages * page_size <= kMaxRows / std::max<int64_t>(groups * num_layers, 1),
+  check.require(product_of({std::max<int64_t>(groups, 1), std::max<int64_t>(num_layers, 1),
+                            num_pages, page_size}) <= kMaxRows,
                 "state: more than 2^32 - 16 rows");
   if (!check.ok()) return failure();
 

@@ -64,7 +64,7 @@ struct PrefixTokenParams {
   float* score;
   void* kv_comp;
   uint32_t rows_per_group;
-  // Of calls that are not plain:
+  // For calls that are not plain:
   uint32_t row_size;
   int64_t score_offset;
   const int32_t* layer;
@@ -131,26 +131,25 @@ struct PrefixTokenStep {
   const int column = blockIdx.x % T::kSlices * 32 + lane;
   uint32_t of_group, per_group;
 
-  // 1.
+  // Set by load_lengths:
   int32_t length, q_len;
-  // 2.
+  // by copy_tables:
   const int32_t* kv_table;
   const int32_t* score_table;
   bool one_table;
-  // 3.
+  // by load_new_rows:
   uint32_t layer = 0;
   NewVector<Config, 1> rows[kTokens][kHalves];
   float *kv, *score;
   const float* ape;
-  // 4.
+  // by is_active and look_up_rows:
   int num_new, first_position, token, begin;  // begin: of the token's window
   bool completes;
-  // 5.
   uint32_t kv_row, score_row;
-  // 6.
+  // by load_rows_before:
   Prefix open[kHalves];
   bool has_before = false;
-  // 7.
+  // by merge_new_rows and store_row:
   Prefix merged[kHalves];
 
   __device__ PrefixTokenStep(const PrefixTokenParams& p, SharedPlan& smem) : p(p), smem(smem) {
@@ -264,7 +263,10 @@ struct PrefixTokenStep {
       const int32_t* const staged_table = one_table ? smem.kv_table : smem.score_table;
       const int32_t staged_kv_page = smem.kv_table[entry];
       const int32_t staged_score_page = staged_table[entry];
-      if (wanted) kv_page = staged_kv_page, score_page = staged_score_page;
+      if (wanted) {
+        kv_page = staged_kv_page;
+        score_page = staged_score_page;
+      }
     }
     const auto row_at = [&](int32_t page) {
       const auto id = static_cast<uint32_t>(page);
@@ -406,7 +408,7 @@ struct PrefixStep {
   PrefixVector open[kHalves];  // of the window that the last token is in
   PrefixVector before;         // the first half of the window before it
 
-  // Of tokens t0 to t0 + kRows - 1.
+  // Tokens t0 to t0 + kRows - 1.
   struct Tokens {
     int first;                   // the position of the first
     uint32_t phase;              // of that position in its window

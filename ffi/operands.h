@@ -2,10 +2,8 @@
 // the same at trace time with friendlier texts, but the calls are also reachable without it.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <functional>
-#include <numeric>
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -31,8 +29,15 @@ inline Dims concatenate(Dims first, const Dims& second) {
   return first;
 }
 
+// Or the largest int64 where that is less: an array of size 0 may have dimensions of any product.
 inline int64_t product_of(const Dims& dims) {
-  return std::accumulate(dims.begin(), dims.end(), int64_t{1}, std::multiplies<int64_t>());
+  constexpr int64_t kMax = std::numeric_limits<int64_t>::max();
+  int64_t product = 1;
+  for (int64_t dim : dims) {
+    if (dim == 0) return 0;
+    product = product > kMax / dim ? kMax : product * dim;
+  }
+  return product;
 }
 
 inline std::string dims_text(const Dims& dims) {
@@ -108,10 +113,9 @@ class OperandChecker {
   ffi::AnyBuffer next_result() { return **results_.get<ffi::AnyBuffer>(result_index_++); }
 
   // `x` must have a rank of at least that of `core`, the text of its dimensions.
-  bool require_rank(const char* name, ffi::AnyBuffer x, size_t rank, const char* core) {
+  void require_rank(const char* name, ffi::AnyBuffer x, size_t rank, const char* core) {
     require(x.dimensions().size() >= rank,
             std::string(name) + ": expected [..., " + core + "], got " + dims_text(dims_of(x)));
-    return ok();
   }
 
   // The group dimensions, *G.

@@ -31,13 +31,13 @@ JAX_DSV4_HD uint32_t operator/(uint32_t n, const Divisor& d) {
   return (high + n) >> d.shift;
 }
 
-// Rows are counted over the pools of all groups; they are few enough for 32 bits (operands.h), but
+// Rows are counted over all groups and layers; they are few enough for 32 bits (decode_call.h), but
 // their elements are not.
 inline constexpr uint32_t kNowhere = ~0u;
 
 struct Paging {
   uint32_t max_pages;  // of one request's table
-  uint32_t num_pages;  // of a group's pool; at most 2^31, so a negative id never passes as unsigned
+  uint32_t num_pages;  // of a layer; at most 2^31, so a negative id never passes as unsigned
   Divisor page_size;
 };
 

@@ -45,7 +45,8 @@ struct GeometriesOf<Kind<kHeadDim, 128, false>> {
   static constexpr int64_t kFewChannels = 64 * 512;
 };
 
-// On a state of prefixes, up to so many requests x head_dim a warp takes one token, and beyond all.
+// On a state of prefixes, a warp takes one token of a request while requests x head_dim is at most
+// this, and all of them beyond.
 inline constexpr int64_t kFewPrefixChannels = 24 * 512;
 
 }  // namespace jax_dsv4
