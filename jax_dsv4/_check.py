@@ -24,7 +24,7 @@ def choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise ValueError(f"{name}: expected one of {tuple(choices)}, got {value!r}")
 
 
-def integer(name: str, value: Any, minimum: int, maximum: int = _INT32_MAX) -> int:
+def index(name: str, value: Any) -> int:
     """A static integer, NumPy's too, as Python's."""
     if isinstance(value, jax.Array):
         raise TypeError(
@@ -32,9 +32,14 @@ def integer(name: str, value: Any, minimum: int, maximum: int = _INT32_MAX) -> i
             f'name it in static_argnames: jax.jit(f, static_argnames="{name}")'
         )
     try:
-        got = operator.index(value)
+        return operator.index(value)
     except TypeError as error:
         raise TypeError(f"{name}: expected an integer, got {value!r}") from error
+
+
+def integer(name: str, value: Any, minimum: int, maximum: int = _INT32_MAX) -> int:
+    """A static integer of this range."""
+    got = index(name, value)
     if not minimum <= got <= maximum:
         raise ValueError(f"{name}: expected at least {minimum}, at most {maximum}, got {got}")
     return got

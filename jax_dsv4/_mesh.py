@@ -28,7 +28,7 @@ Call = Callable[..., tuple[Array, ...]]
 
 
 def _specs(groups: Sequence[Any], full: tuple[int, ...], shapes: Sequence[tuple[int, ...]]):
-    """Of arrays of these shapes, split over ``groups`` in their group dimensions, ``full``.
+    """The specs of arrays of these shapes, their group dimensions ``full`` split over ``groups``.
 
     What the groups share has size 1 there, and goes to every device.
     """

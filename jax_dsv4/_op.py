@@ -67,17 +67,17 @@ class Operation:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the operands."""
+        """The operands' names."""
         return tuple(operand.name for operand in self.operands)
 
     @property
     def written(self) -> tuple[int, ...]:
-        """Indices of the operands that are."""
+        """Indices of the operands that are written."""
         return tuple(i for i, operand in enumerate(self.operands) if operand.written)
 
     @property
     def groups_index(self) -> int:
-        """Of the operand whose leading dimensions are the groups."""
+        """The index of the operand whose leading dimensions are the groups."""
         return self.names.index(self.groups)
 
     def __getitem__(self, name: str) -> Operand:

@@ -99,7 +99,7 @@ def _new_rows(kv_score: Any, state_dim: int) -> tuple[Array, Array]:
 
 
 def _tables(block_tables: Any, batch: int) -> tuple[Array, Array]:
-    """Those of kv and of score."""
+    """The tables of kv and of score."""
     if not isinstance(block_tables, tuple):
         table = _check.array("block_tables", block_tables, _check.I32, batch, "max_pages")
         return table, table
@@ -113,13 +113,13 @@ def _tables(block_tables: Any, batch: int) -> tuple[Array, Array]:
 def _layer(layer: Any, num_layers: int) -> tuple[int, Array]:
     """(index, [0]) of a layer that is known; (-1, [1]) of one that is on the device.
 
-    A Python index out of range goes to the device, too, and reaches nothing, if it fits an i32.
+    A Python index out of range goes to the device, too, and reaches nothing.
     """
     if layer is None:
         return -1, jnp.zeros(0, jnp.int32)
     if isinstance(layer, jax.Array):
         return -1, _check.array("layer", layer, _check.I32).reshape(1)
-    index = _check.integer("layer", layer, -(2**31))
+    index = _check.index("layer", layer)
     if 0 <= index < num_layers:
         return index, jnp.zeros(0, jnp.int32)
     return -1, jnp.full(1, -1, jnp.int32)
@@ -278,7 +278,8 @@ def raw_to_prefix(
       ValueError, TypeError: for a wrong shape or dtype, or a state that is not raw: a prefix does
         not hold its rows any more, so there is no way back.
 
-    It needs room for the converted rows twice, ``[B, R, 2 S]`` f32 (2 R where windows overlap).
+    It needs room for the converted rows, ``[B, R, 2 S]`` f32 (2 R where windows overlap). An f32
+    state is converted in place where it is donated; a bf16 one gets new arrays.
     """
     ratio, overlap = _check.ratio_and_overlap(compress_ratio, overlap)
     has_layers = isinstance(state, CompressorState) and getattr(state.kv, "ndim", 3) == 4

@@ -5,11 +5,14 @@ import dataclasses
 import cases
 import hypothesis
 import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import INT32_MAX, INT32_MIN, Case
 from checks import (
     Results,
+    arguments,
     bits,
     check_close,
     check_results,
@@ -17,6 +20,7 @@ from checks import (
     check_unwritten,
     expected_results,
     run,
+    step_of,
 )
 
 IMPLEMENTATIONS = ("ffi", "xla")
@@ -48,6 +52,31 @@ def test_every_geometry_agrees_with_float64(case, geometry, gpu):
     operands = cases.make_operands(case)
     kernel = run(case, operands, "ffi", gpu, geometry)
     check_results(kernel, expected_results(case, operands), case.state_format)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("case", "geometry"),
+    [
+        (case, geometry)
+        for case, geometry in (*cases.GEOMETRIES, *cases.PREFIX_GEOMETRIES)
+        if case.dtypes == cases.BF16_IN_F32_STATE
+    ],
+    ids=str,
+)
+def test_every_geometry_of_calls_that_are_not_plain(case, geometry, gpu):
+    """kv_score as a pair, and the layer on the device, have kernels of their own."""
+    operands = cases.make_operands(case)
+    expected = expected_results(case, operands)
+    kv_score, ape, kv, score, *rest = arguments(operands, gpu)
+    step = step_of(case, "ffi", geometry)
+    pair = tuple(jnp.split(kv_score, 2, axis=-1))
+    got = jax.jit(step)(pair, ape, kv, score, *rest)
+    check_results(Results(*map(np.asarray, got)), expected, case.state_format)
+    layers = (jnp.stack([x, jnp.zeros_like(x)]) for x in (kv, score))
+    got = jax.jit(step)(kv_score, ape, *layers, *rest, jnp.int32(0))
+    got = Results(np.asarray(got.kv[0]), np.asarray(got.score[0]), np.asarray(got.kv_comp))
+    check_results(got, expected, case.state_format)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

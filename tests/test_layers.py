@@ -114,8 +114,13 @@ def test_every_layer_is_as_one_alone(case, loop, implementation, device):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("index", [LAYERS, -1, 2**31 - 1, -(2**31)])
-@pytest.mark.parametrize("layer_of", [int, jnp.int32], ids=["static", "on the device"])
+@pytest.mark.parametrize(
+    ("layer_of", "index"),
+    [
+        *itertools.product((int, jnp.int32), (LAYERS, -1, 2**31 - 1, -(2**31))),
+        *((int, index) for index in (2**31, -(2**63) - 1)),
+    ],
+)
 @pytest.mark.parametrize("case", cases.in_formats(CASES[:1]), ids=str)
 def test_a_layer_that_does_not_exist_reaches_nothing(case, layer_of, index, implementation, device):
     _, operands = stacked(case)
@@ -233,11 +238,14 @@ def test_on_a_mesh_the_groups_are_split(axis_type, layer_of):
         check_same_bits(score[i, ::2], np.stack([operands.score] * 2))
 
 
-def test_states_of_layers_convert_layer_by_layer(device):
-    case = dataclasses.replace(CASES[0], dtypes=cases.F32_IN_BF16_STATE)
+@pytest.mark.parametrize("dtypes", [cases.F32_IN_BF16_STATE, cases.BF16_IN_F32_STATE], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_states_of_layers_convert_layer_by_layer(case, dtypes, device):
+    case = dataclasses.replace(case, dtypes=dtypes)
     layers, operands = stacked(case)
     tables, kv_lens = (operands.kv_tables, operands.score_tables), operands.kv_lens
-    convert = functools.partial(raw_to_prefix, compress_ratio=case.ratio, overlap=case.overlap)
+    windows = {"compress_ratio": case.ratio, "overlap": case.overlap}
+    convert = functools.partial(raw_to_prefix, **windows, implementation="ffi")
     state = CompressorState(operands.kv, operands.score)
     got = jax.jit(convert)(*jax.device_put((state, tables, kv_lens), device))
     assert got.format == "prefix"

@@ -151,15 +151,3 @@ def test_a_wrong_argument_is_named(helper, name, value, error):
     good |= {"compress_ratio": 4, "next_n": 1}
     with pytest.raises(error, match=f"^{name}: expected "):
         helper(**good | {name: value})
-
-
-@pytest.mark.parametrize(
-    ("static", "name"),
-    [
-        ({"compress_ratio": 0, "next_n": 1}, "compress_ratio"),
-        ({"compress_ratio": 4, "next_n": 0}, "next_n"),
-    ],
-)
-def test_num_compressed_refuses_what_no_step_can_be(static, name):
-    with pytest.raises(ValueError, match=f"^{name}: expected"):
-        num_compressed(np.ones(3, np.int32), **static)
