@@ -29,7 +29,7 @@ RATIOS = (4, 128) * 10  # of the layers
 
 
 def make_operands(group: int):
-    """Of one group: (states, kv_scores, block tables, kv_lens), states and kv_scores by layer."""
+    """One group's (states, kv_scores, block tables, kv_lens), states and kv_scores by layer."""
     rng = np.random.default_rng(group)
     pages = 128 // PAGE_SIZE
     states, kv_scores = [], []

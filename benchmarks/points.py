@@ -106,7 +106,7 @@ class Point:
         return int((stored_rows + new_rows) * row) + kv_score + kv_comp
 
     def rotation(self, calls: int | None = None) -> Rotation:
-        """Of so many calls, or of as many as make every call's places cold."""
+        """The places of this many calls; by default, as many as make each call's cold."""
         pages_of_call = self.batch * self.pages_each
         if self.layers:
             return Rotation(LAYERS, LAYERS, 1, pages_of_call)

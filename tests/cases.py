@@ -168,7 +168,7 @@ def _short(case: Case, x: Operands) -> None:
 
 
 def _bad_pages(case: Case, x: Operands) -> None:
-    """Of each request the last pages: of kv, of score, or of both; of some requests all pages."""
+    """Each request's last pages: of kv, of score, or of both; all pages of some requests."""
     ids = [-1, case.num_pages, INT32_MIN, INT32_MAX, case.num_pages + 7, -case.num_pages]
     for b, length in enumerate(x.kv_lens):
         bad = ids[b % len(ids)]
@@ -189,7 +189,7 @@ def _past_table(case: Case, x: Operands) -> None:
 
 
 def _minus_inf(case: Case, x: Operands) -> None:
-    """Of every third request all old rows, of every second all new rows, of the others one row."""
+    """All old rows of every third request, all new rows of every second, one row of the others."""
     new_scores = x.kv_score[..., case.state_dim :]
     new_scores[::2] = -np.inf
     new_scores[1::2, 0] = -np.inf
@@ -270,7 +270,7 @@ REGIMES: dict[str, Callable[[Case, Operands], None]] = {
 
 BF16_IN_F32_STATE = DTypes("bfloat16", "float32", "float32")
 F32_IN_BF16_STATE = DTypes("float32", "bfloat16", "float32")
-# Of each ratio and overlap the smallest head_dim: for what does not depend on it.
+# The smallest head_dim of each ratio and overlap: for what does not depend on it.
 SMALL_KINDS = tuple(
     min(kind for kind in KINDS if kind[1:] == windows)
     for windows in dict.fromkeys(kind[1:] for kind in KINDS)

@@ -73,7 +73,7 @@ def donating(
 
 
 def arguments(operands: Operands, device: jax.Device) -> list[jax.Array | None]:
-    """Of a ``step``. Copies: a donated array must not be a view of NumPy's memory."""
+    """The operands of a ``step``. Copies: a donated array must not be a view of NumPy's memory."""
     kv_score, ape, kv, score, kv_tables, score_tables, *lens = operands.astuple()
     if score_tables is kv_tables:
         score_tables = None

@@ -39,7 +39,7 @@ def more_ratios_than_are_compiled(monkeypatch):
 
 @functools.cache
 def live_at_every_alignment(page_size, ratio, overlap, next_n, format):
-    """Of windows and pages, without the first windows and with them."""
+    """Windows and pages, without the first windows and with them."""
     options = {"compress_ratio": ratio, "overlap": overlap, "next_n": next_n, "format": format}
     lengths = range(math.lcm(ratio, page_size) + 2 * ratio)
     return [live_pages(length, page_size, **options) for length in lengths]
