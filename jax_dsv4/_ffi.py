@@ -47,19 +47,19 @@ def _load(name: str, platform: str) -> ModuleType | None:
 
 _load("_cpu", "cpu")
 TARGETS = tuple(_cpu.HANDLERS)  # the same on every platform
+PLATFORMS = ("cpu", "cuda")
 HAS_CUDA = _load("_cuda", "CUDA") is not None
 
 
-def check_available(implementation: Any) -> None:
-    """Say so where JAX runs on a GPU by default, but this package was built without CUDA."""
-    if HAS_CUDA:
-        return
-    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-    platform = getattr(default, "platform", default) or jax.default_backend()
-    if platform not in ("gpu", "cuda"):
-        return
+def is_available(platform: str, implementation: Any) -> bool:
+    """Whether the handlers for a platform were built; a warning, or an error, if a GPU is there."""
+    if platform == "cpu" or HAS_CUDA:
+        return True
+    if jax.default_backend() != "gpu":  # lowered for another machine
+        return implementation is not None
     problem = "jax_dsv4 was built without a CUDA compiler"
     remedy = "see the troubleshooting page of its docs"
-    if implementation == "ffi":
-        raise RuntimeError(f'implementation="ffi": {problem}; {remedy}')
-    warnings.warn(f"{problem}: on a GPU, the slow jnp reference runs; {remedy}", stacklevel=3)
+    if implementation is not None:
+        raise RuntimeError(f"implementation={implementation!r}: {problem}; {remedy}")
+    warnings.warn(f"{problem}: on a GPU, the slow jnp reference runs; {remedy}", stacklevel=2)
+    return False

@@ -11,15 +11,16 @@ A plain ``ffi_call`` on sharded operands makes XLA gather them all first. Groups
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import ShapedArray
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.interpreters.mlir import LoweringRuleContext, ShardingContext
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 if TYPE_CHECKING:
     from jax_dsv4._op import Operation
@@ -37,23 +38,71 @@ def _specs(groups: Sequence[Any], full: tuple[int, ...], shapes: Sequence[tuple[
         yield PartitionSpec(*groups) if is_split else PartitionSpec()
 
 
-def _split_explicit(call: Call, operation: Operation, operands: Sequence[Array]):
-    num_groups, first = operation.num_groups(operands), operation.groups_index
-    of_groups = jax.typeof(operands[first])
-    groups, full = tuple(of_groups.sharding.spec)[:num_groups], of_groups.shape[:num_groups]
-    specs = list(_specs(groups, full, [x.shape for x in operands]))
-    for name, x, want in zip(operation.names, operands, specs, strict=True):
-        got = tuple(jax.typeof(x).sharding.spec)
-        wanted = (*want, *(None,) * (x.ndim - len(want)))
-        if any(g is not None and g != w for g, w in zip(got, wanted, strict=True)):
+def split_of(
+    operation: Operation, avals: Sequence[ShapedArray]
+) -> tuple[AbstractMesh, tuple[Any, ...]]:
+    """The mesh, and what each group dimension is split over as the operands' types say.
+
+    Axes that are not of type Explicit are in no type, and split nothing here.
+
+    Raises:
+      ValueError: anything else is split, or operands disagree; the text names one.
+    """
+    num_groups = operation.num_groups(avals)
+    meshes = [aval.sharding.mesh for aval in avals if not aval.sharding.mesh.empty]
+    mesh = meshes[0] if meshes else jax.sharding.get_abstract_mesh()
+    full = avals[operation.groups_index].shape[:num_groups]
+    groups: list[Any] = [None] * num_groups
+    for by_dim, x in ((tuple(x.sharding.spec), x) for x in avals):
+        if x.shape[:num_groups] == full:
+            groups = [g if g is not None else own for g, own in zip(groups, by_dim, strict=False)]
+    names = [
+        name for g in groups if g is not None for name in (g if isinstance(g, tuple) else (g,))
+    ]
+    for name, x in zip(operation.names, avals, strict=True):
+        got = tuple(x.sharding.spec)
+        wanted = groups if x.shape[:num_groups] == full else [None] * num_groups
+        wanted = (*wanted, *(None,) * (x.ndim - num_groups))
+        differs = any(g is not None and g != w for g, w in zip(got, wanted, strict=True))
+        if differs or len(set(names)) < len(names):
             raise ValueError(
-                f"{name}: expected no sharding but that of the leading group dimensions of "
-                f"{operation.groups}, {PartitionSpec(*wanted)}, got {PartitionSpec(*got)}. Layers, "
-                "pages, rows and channels cannot be sharded: give each device a group with a pool "
-                "of its own (jax.vmap), or reshard"
+                f"{name}: expected no sharding but that of the leading group dimensions, "
+                f"{PartitionSpec(*wanted)}, got {x.sharding.spec}. Layers, pages, rows and "
+                "channels cannot be sharded: give each device a group with a pool of its own "
+                "(jax.vmap), or reshard"
             )
+    return mesh, tuple(groups)
+
+
+def is_explicit(mesh: AbstractMesh) -> bool:
+    """Whether shardings on it are part of types, outside ``shard_map``."""
+    types = mesh.axis_types
+    return AxisType.Explicit in types and AxisType.Manual not in types
+
+
+def is_automatic(mesh: AbstractMesh) -> bool:
+    """Whether shardings on it, or on one not known yet, are the compiler's to find."""
+    return all(axis == AxisType.Auto for axis in mesh.axis_types)
+
+
+def num_devices(ctx: LoweringRuleContext) -> int:
+    """How many devices a program is lowered for; 1 inside ``shard_map``."""
+    context = ctx.module_context.axis_context
+    return context.num_devices if isinstance(context, ShardingContext) else 1
+
+
+def split(
+    call: Call,
+    operation: Operation,
+    mesh: AbstractMesh,
+    groups: tuple[Any, ...],
+    *operands: Array,
+) -> tuple[Array, ...]:
+    """``call`` on each device's groups, as the types say."""
+    num_groups, first = len(groups), operation.groups_index
+    full = operands[first].shape[:num_groups]
+    specs = list(_specs(groups, full, [x.shape for x in operands]))
     results = jax.eval_shape(call, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands))
-    mesh = of_groups.sharding.mesh
     # An empty operand of shard_map crashes XLA's compiler for GPUs (jax 0.11.2): made inside.
     passed = [i for i, x in enumerate(operands) if i == first or x.size]
 
@@ -73,7 +122,9 @@ def _split_explicit(call: Call, operation: Operation, operands: Sequence[Array])
     )(*(jax.sharding.reshard(operands[i], NamedSharding(mesh, specs[i])) for i in passed))
 
 
-def _auto_split(call: Call, of_groups: int, num_groups: int) -> Call:
+def partitioned(call: Call, of_groups: int, num_groups: int) -> Call:
+    """``call`` on each device's groups, as the compiler splits them."""
+
     def rule(mesh, operands, results):
         full, others = operands[of_groups].shape[:num_groups], []
 
@@ -102,27 +153,3 @@ def _auto_split(call: Call, of_groups: int, num_groups: int) -> Call:
     split = custom_partitioning(call)
     split.def_partition(partition, sharding_rule=rule)
     return split
-
-
-def over_groups(call: Call, operation: Operation) -> Call:
-    """``call``, with its group dimensions over whatever mesh there is.
-
-    The operation's ``groups`` and every result have the group dimensions in front; the other
-    operands have them, or as many ones.
-    """
-    of_groups = operation.groups_index
-    auto_split = functools.cache(functools.partial(_auto_split, call, of_groups))
-
-    def on_mesh(*operands):
-        num_groups = operation.num_groups(operands)
-        mesh = jax.typeof(operands[of_groups]).sharding.mesh
-        if mesh.empty:
-            mesh = jax.sharding.get_abstract_mesh()
-        types = () if mesh.empty else mesh.axis_types
-        if AxisType.Manual in types or not types:
-            return call(*operands)
-        if AxisType.Explicit in types:
-            return _split_explicit(call, operation, operands)
-        return auto_split(num_groups)(*operands) if num_groups else call(*operands)
-
-    return on_mesh

@@ -1,10 +1,8 @@
 """What an operation is, and the stack of transforms that every operation goes through.
 
-From the outside in:
-
-    custom_jvp (a clear error) -> custom_vmap (mapped axes become group dimensions)
-      -> over the mesh, if there is one (_mesh.py)
-      -> the platform's implementation: ffi_call, or the jnp reference
+A call is one primitive of JAX: a derivative is a clear error, and mapped axes become group
+dimensions. Lowered for a platform and its devices, it is split over these (``_mesh.py``), and
+becomes the custom call, or the jnp reference, which is traced only then.
 
 Every operand carries the group dimensions in front (``ffi/operands.h``): ``[*G, ...]`` where it is
 written, ``[*G, ...]`` or all ones where it is only read.
@@ -22,8 +20,10 @@ import jax
 import jax.export
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.core import ShapedArray
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jax_dsv4 import _ffi, _mesh
@@ -42,7 +42,7 @@ class Operand:
     like: str | None = None  # the operand whose groups it has, unless it is empty
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Operation:
     """All that the stack knows of an operation.
 
@@ -84,6 +84,9 @@ class Operation:
         """The operand of this name."""
         return self.operands[self.names.index(name)]
 
+    def __repr__(self) -> str:  # in a jaxpr
+        return self.name
+
     def num_groups(self, operands: Sequence[Any]) -> int:
         """How many group dimensions these operands have."""
         of_groups = self.groups_index
@@ -115,34 +118,32 @@ def _cores(operation: Operation, operands: Sequence[Any]) -> list[tuple[int, ...
     ]
 
 
-def _call_ffi(
-    operation: Operation, options: Any, kernel: Kernel, *operands: Array
-) -> tuple[Array, ...]:
-    of_groups = operands[operation.groups_index]
-    groups = of_groups.shape[: operation.num_groups(operands)]
-    cores = [
+def _without_groups(operation: Operation, avals: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+    return [
         jax.ShapeDtypeStruct(core, x.dtype)
-        for core, x in zip(_cores(operation, operands), operands, strict=True)
+        for core, x in zip(_cores(operation, avals), avals, strict=True)
     ]
-    # Inside shard_map, what varies over the mesh is part of the types, and alike by now.
-    aval = jax.typeof(of_groups)
-    result = functools.partial(
-        jax.ShapeDtypeStruct,
-        sharding=None if aval.sharding.mesh.empty else NamedSharding(aval.sharding.mesh, P()),
-        manual_axis_type=aval.manual_axis_type,
-    )
-    others = [
-        result((*groups, *shape), dtype) for shape, dtype in operation.results(options, *cores)
-    ]
-    updated = [result(operands[i].shape, operands[i].dtype) for i in operation.written]
-    return jax.ffi.ffi_call(
+
+
+def _run_compiled(
+    operation: Operation,
+    options: Any,
+    implementation: str | Kernel | None,
+    ctx: mlir.LoweringRuleContext,
+    *operands: Any,
+) -> Sequence[Any]:
+    """Lower to the custom call, which works in place."""
+    kernel = implementation if isinstance(implementation, Kernel) else Kernel()
+    others = len(ctx.avals_out) - len(operation.written)
+    rule = jax.ffi.ffi_lowering(
         kernel.target or operation.target,
-        (*others, *updated),
-        input_output_aliases={i: len(others) + n for n, i in enumerate(operation.written)},
-    )(*operands, **operation.attributes(options, *cores), geometry=int(kernel.geometry))  # pyright: ignore[reportReturnType]
+        operand_output_aliases={i: others + n for n, i in enumerate(operation.written)},
+    )
+    attributes = operation.attributes(options, *_without_groups(operation, ctx.avals_in))
+    return rule(ctx, *operands, **attributes, geometry=int(kernel.geometry))
 
 
-def _call_reference(operation: Operation, options: Any, *operands: Array) -> tuple[Array, ...]:
+def _run_reference(operation: Operation, options: Any, *operands: Array) -> tuple[Array, ...]:
     groups = operands[operation.groups_index].shape[: operation.num_groups(operands)]
     cores = _cores(operation, operands)
     per_group = [x.shape == groups + core for x, core in zip(operands, cores, strict=True)]
@@ -152,6 +153,145 @@ def _call_reference(operation: Operation, options: Any, *operands: Array) -> tup
     return call(
         *(x if m else x.reshape(c) for x, m, c in zip(operands, per_group, cores, strict=True))
     )
+
+
+# A call of an operation: a primitive, for each platform's implementation to be chosen, and traced,
+# when a program is lowered for it.
+_call = Primitive("paged_operation")
+_call.multiple_results = True
+
+
+def _bind(
+    operation: Operation,
+    options: Any,
+    implementation: str | Kernel | None,
+    *operands: Array,
+) -> list[Array]:
+    partitioned = None
+    mesh, groups = _mesh.split_of(operation, [jax.typeof(x) for x in operands])
+    if groups and _mesh.is_automatic(mesh):
+        part = _part_of(operation, options, implementation)
+        shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands)
+        partitioned = _partitioned(part, operation, shapes, mesh)
+    return _call.bind(
+        *operands,
+        operation=operation,
+        options=options,
+        implementation=implementation,
+        partitioned=partitioned,
+    )
+
+
+@functools.cache
+def _part_of(*static: Any) -> Callable[..., tuple[Array, ...]]:
+    """The call on what one device has of the operands."""
+    names = ("operation", "options", "implementation")
+    params = dict(zip(names, static, strict=True))
+    return lambda *operands: tuple(_call.bind(*operands, **params, partitioned=None))
+
+
+@functools.cache
+def _partitioned(
+    part: Callable[..., tuple[Array, ...]],
+    operation: Operation,
+    shapes: tuple[jax.ShapeDtypeStruct, ...],
+    mesh: Any,
+) -> ClosedJaxpr:
+    """Kept in the primitive: JAX must see before lowering that it needs to know the devices."""
+    return jax.make_jaxpr(
+        _mesh.partitioned(part, operation.groups_index, operation.num_groups(shapes))
+    )(*shapes)
+
+
+@_call.def_impl
+def _(*operands: Array, **params: Any) -> list[Array]:
+    return _jitted(tuple(params.items()))(*operands)
+
+
+@functools.cache
+def _jitted(params: tuple[tuple[str, Any], ...]) -> Callable[..., list[Array]]:
+    return jax.jit(functools.partial(_call.bind, **dict(params)))
+
+
+@_call.def_abstract_eval
+def _(*avals: ShapedArray, operation: Operation, options: Any, **_: Any) -> list[ShapedArray]:
+    of_groups = avals[operation.groups_index]
+    num_groups = operation.num_groups(avals)
+    mesh, groups = _mesh.split_of(operation, avals)
+
+    def result(shape: Sequence[int], dtype: DTypeLike) -> ShapedArray:
+        spec = PartitionSpec(*groups, *(None,) * (len(shape) - num_groups))
+        sharding = NamedSharding(mesh, spec)
+        return of_groups.update(shape=tuple(shape), dtype=jnp.dtype(dtype), sharding=sharding)
+
+    shapes = operation.results(options, *_without_groups(operation, avals))
+    return [
+        *(result((*of_groups.shape[:num_groups], *shape), dtype) for shape, dtype in shapes),
+        *(result(avals[i].shape, avals[i].dtype) for i in operation.written),
+    ]
+
+
+def _batch(
+    operands: Sequence[Array],
+    dims: Sequence[int | None],
+    *,
+    operation: Operation,
+    options: Any,
+    implementation: str | Kernel | None,
+    partitioned: ClosedJaxpr | None,
+) -> tuple[list[Array], list[int]]:
+    batched = [dim is not None for dim in dims]
+    in_front = [
+        x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True)
+    ]
+    size = in_front[batched.index(True)].shape[0]
+    mapped = _map(operation, size, batched, in_front)
+    results = _bind(operation, options, implementation, *mapped)
+    return results, [0] * len(results)
+
+
+def _differentiate(primals: Any, tangents: Any, *, operation: Operation, **params: Any) -> Any:
+    raise NotImplementedError(
+        f"{operation.name} has no derivative: it updates a cache, for inference only. "
+        "Put jax.lax.stop_gradient around its operands"
+    )
+
+
+batching.primitive_batchers[_call] = _batch
+ad.primitive_jvps[_call] = _differentiate
+
+
+def _lower(
+    ctx: mlir.LoweringRuleContext,
+    *operands: Any,
+    platform: str,
+    operation: Operation,
+    options: Any,
+    implementation: str | Kernel | None,
+    partitioned: ClosedJaxpr | None,
+) -> Sequence[Any]:
+    mesh, groups = _mesh.split_of(operation, ctx.avals_in)
+    if groups and _mesh.is_explicit(mesh):
+        part = _part_of(operation, options, implementation)
+        split = functools.partial(_mesh.split, part, operation, mesh, groups)
+        return mlir.lower_fun(split, multiple_results=True)(ctx, *operands)
+    if partitioned is not None and _mesh.num_devices(ctx) > 1:
+        return mlir.lower_fun(jaxpr_as_fun(partitioned), multiple_results=True)(ctx, *operands)
+    if implementation != "xla":
+        if platform in _ffi.PLATFORMS and _ffi.is_available(platform, implementation):
+            return _run_compiled(operation, options, implementation, ctx, *operands)
+        if implementation is not None:
+            others = " or ".join(ctx.module_context.platforms)
+            raise NotImplementedError(
+                f"{operation.name}: implementation={implementation!r} is not there on {others}"
+            )
+    plain = functools.partial(_run_reference, operation, options)
+    return mlir.lower_fun(plain, multiple_results=True)(ctx, *operands)
+
+
+for _platform in _ffi.PLATFORMS:
+    mlir.register_lowering(_call, functools.partial(_lower, platform=_platform), _platform)
+mlir.register_lowering(_call, functools.partial(_lower, platform="another"))
 
 
 def _map(
@@ -199,43 +339,14 @@ def _vary_alike(operands: Sequence[Array]) -> list[Array]:
     ]
 
 
-@functools.cache
-def bind(
-    operation: Operation, options: Hashable, implementation: str | Kernel | None
-) -> Callable[..., tuple[Array, ...]]:
-    """The operation on ``[*G, ...]`` operands -> its results; cached, so that jit's caches hit.
+def call(
+    operation: Operation,
+    options: Hashable,
+    implementation: str | Kernel | None,
+    *operands: Array,
+) -> tuple[Array, ...]:
+    """The operation on ``[*G, ...]`` operands -> its results.
 
     ``options`` is a frozen dataclass: the static side of a call, which the record's functions read.
     """
-    kernel = implementation if isinstance(implementation, Kernel) else Kernel()
-    compiled = functools.partial(_call_ffi, operation, options, kernel)
-    plain = functools.partial(_call_reference, operation, options)
-
-    def on_platform(*operands):
-        operands = _vary_alike(operands)
-        if implementation == "xla":
-            return plain(*operands)
-        if implementation is not None:
-            return jax.lax.platform_dependent(*operands, cpu=compiled, cuda=compiled)
-        on_cuda = compiled if _ffi.HAS_CUDA else plain
-        return jax.lax.platform_dependent(*operands, cpu=compiled, cuda=on_cuda, default=plain)
-
-    over_mesh = jax.custom_batching.custom_vmap(_mesh.over_groups(on_platform, operation))
-
-    @over_mesh.def_vmap
-    def _(axis_size, batched, *operands):
-        results = over_mesh(*_map(operation, axis_size, batched, operands))
-        return results, (True,) * len(results)
-
-    @jax.custom_jvp
-    def without_derivative(*operands):
-        return over_mesh(*operands)
-
-    @without_derivative.defjvp
-    def _(primals, tangents):
-        raise NotImplementedError(
-            f"{operation.name} has no derivative: it updates a cache, for inference only. "
-            "Put jax.lax.stop_gradient around its operands"
-        )
-
-    return without_derivative
+    return tuple(_bind(operation, options, implementation, *_vary_alike(operands)))

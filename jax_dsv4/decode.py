@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_dsv4 import _check, _config, _ffi, _op
+from jax_dsv4 import _check, _config, _op
 from jax_dsv4._op import Operand
 from jax_dsv4.reference import decode as reference
 from jax_dsv4.reference import paging
@@ -225,7 +225,6 @@ def paged_kv_compress(
         kind = _config.Kind(options.head_dim(state_dim), ratio, overlap)
         dtypes = _config.DTypes(new_rows[0].dtype.name, kv.dtype.name, out_dtype)
         _config.check_compiled(kind, dtypes)
-        _ffi.check_available(implementation)
     batch = new_rows[0].shape[0]
     if ape is None:
         ape = jnp.zeros((0, state_dim), jnp.float32)
@@ -238,8 +237,11 @@ def paged_kv_compress(
     else:
         q_lens = _check.array("q_lens", q_lens, _check.I32, batch)
     operation = DECODE if layer is None else _WITH_LAYERS
-    kv_comp, kv, score = _op.bind(operation, options, implementation)(
-        *new_rows, ape, kv, score, *tables, kv_lens, q_lens, layer_operand
+    kv_comp, kv, score = _op.call(
+        operation,
+        options,
+        implementation,
+        *(*new_rows, ape, kv, score, *tables, kv_lens, q_lens, layer_operand),
     )
     return kv_comp, CompressorState(kv, score, state.format)
 

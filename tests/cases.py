@@ -294,11 +294,13 @@ NEXT_N = tuple(
     case_of(kind, next_n, BF16_IN_F32_STATE)
     for kind in SMALL_KINDS
     for next_n in (1, 2, 3, 4, 5, 6, 7, 8, 11, 129)
+    if kind.compress_ratio > 2 or next_n in (1, 2, 3, 4, 129)
 )
 PAGE_SIZES = tuple(
     case_of(kind, 3, F32_IN_BF16_STATE, page_size=page_size)
     for kind in SMALL_KINDS
     for page_size in (1, 4, 8, 32, 100, 128, 256)
+    if kind.compress_ratio > 2 or page_size in (1, 8)
 )
 IN_REGIMES = tuple(
     case_of(

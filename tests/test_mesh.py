@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_dsv4 import CompressorState, raw_to_prefix
+from jax_dsv4.decode import DECODE
 
 SHARED = ("ape",)  # by all groups
 MESHES = {"1-D": {"a": 8}, "2-D": {"a": 4, "b": 2}}
@@ -169,8 +170,8 @@ def test_what_cannot_be_sharded_is_named_with_the_remedy(name, spec):
         step.trace(*put(cases.MAPPED, mesh, (8,), operand_specs))
 
 
-def test_no_mesh_needs_no_partitioning():
+def test_one_device_needs_no_partitioning():
     step = grouped(step_of(cases.MAPPED, "ffi"), 1)
-    text = str(jax.make_jaxpr(step)(*grouped_operands(cases.MAPPED, 8)))
-    assert "ffi_call" in text
-    assert "custom_partitioning" not in text and "shard_map" not in text
+    text = jax.jit(step).lower(*grouped_operands(cases.MAPPED, 8)).as_text()
+    assert DECODE.target in text
+    assert "CustomSPMDPartitioning" not in text and "sdy." not in text
