@@ -78,12 +78,15 @@ def floating(name: str, dtype: DTypeLike, allowed: Sequence[str] = FLOATS, why: 
 
 def array(name: str, x: Any, dtypes: Sequence[str], *shape: int | str) -> Array:
     """``x`` as an array of one of ``dtypes`` and this shape; a string: a dimension of any size."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        raise TypeError(f"{name}: expected an array, got a ShapeDtypeStruct; use jax.eval_shape")
     try:
         given = x if hasattr(x, "dtype") and hasattr(x, "shape") else jnp.asarray(x)
+        dtype = _dtype_name(given.dtype)
     except (TypeError, ValueError, OverflowError) as error:
-        raise TypeError(f"{name}: expected an array, got {type(x).__name__}") from error
-    # Before jnp.asarray, which makes 32 bits of NumPy's 64.
-    dtype = given.dtype.name
+        raise TypeError(
+            f"{name}: expected an array of JAX or NumPy, got {type(x).__name__}: {error}"
+        ) from error
     if dtype not in dtypes:
         cast = (
             f"; cast it yourself: {name}.astype(jnp.int32)"
@@ -97,9 +100,22 @@ def array(name: str, x: Any, dtypes: Sequence[str], *shape: int | str) -> Array:
     if not fits:
         wanted = ", ".join(str(want) for want in shape)
         raise ValueError(f"{name}: expected shape [{wanted}], got {list(given.shape)}")
-    if isinstance(x, jax.ShapeDtypeStruct):
-        raise TypeError(f"{name}: expected an array, got a ShapeDtypeStruct; use jax.eval_shape")
-    return jnp.asarray(given)
+    checked = jnp.asarray(given)
+    space = jax.typeof(checked).memory_space
+    if space != jax.memory.Space.Device:
+        raise ValueError(
+            f"{name}: expected an array in the device's memory, got one in {space.name.lower()} "
+            "memory; move it: jax.device_put(x, jax.memory.Space.Device)"
+        )
+    return checked
+
+
+def _dtype_name(dtype: Any) -> str:
+    """The name of an array's element type, before JAX makes 32 bits of NumPy's 64."""
+    name = getattr(dtype, "name", None)
+    if name is None:
+        raise TypeError(f"an element type {dtype!r} that is not NumPy's")
+    return name if getattr(dtype, "isnative", True) else f"{name} in foreign byte order"
 
 
 def state_dtype(name: str, format: str, dtype: DTypeLike) -> None:

@@ -74,17 +74,6 @@ def split_of(
     return mesh, tuple(groups)
 
 
-def is_explicit(mesh: AbstractMesh) -> bool:
-    """Whether shardings on it are part of types, outside ``shard_map``."""
-    types = mesh.axis_types
-    return AxisType.Explicit in types and AxisType.Manual not in types
-
-
-def is_automatic(mesh: AbstractMesh) -> bool:
-    """Whether shardings on it, or on one not known yet, are the compiler's to find."""
-    return all(axis == AxisType.Auto for axis in mesh.axis_types)
-
-
 def num_devices(ctx: LoweringRuleContext) -> int:
     """How many devices a program is lowered for; 1 inside ``shard_map``."""
     context = ctx.module_context.axis_context
@@ -117,6 +106,7 @@ def split(
     return jax.shard_map(
         local,
         mesh=mesh,
+        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
         in_specs=tuple(specs[i] for i in passed),
         out_specs=tuple(_specs(groups, full, [x.shape for x in results])),
     )(*(jax.sharding.reshard(operands[i], NamedSharding(mesh, specs[i])) for i in passed))

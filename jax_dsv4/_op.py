@@ -23,7 +23,7 @@ from jax import Array
 from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jax_dsv4 import _ffi, _mesh
@@ -169,7 +169,7 @@ def _bind(
 ) -> list[Array]:
     partitioned = None
     mesh, groups = _mesh.split_of(operation, [jax.typeof(x) for x in operands])
-    if groups and _mesh.is_automatic(mesh):
+    if groups and not any(groups) and AxisType.Manual not in mesh.axis_types:
         part = _part_of(operation, options, implementation)
         shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands)
         partitioned = _partitioned(part, operation, shapes, mesh)
@@ -271,7 +271,7 @@ def _lower(
     partitioned: ClosedJaxpr | None,
 ) -> Sequence[Any]:
     mesh, groups = _mesh.split_of(operation, ctx.avals_in)
-    if groups and _mesh.is_explicit(mesh):
+    if any(groups):
         part = _part_of(operation, options, implementation)
         split = functools.partial(_mesh.split, part, operation, mesh, groups)
         return mlir.lower_fun(split, multiple_results=True)(ctx, *operands)

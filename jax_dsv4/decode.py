@@ -294,7 +294,7 @@ def raw_to_prefix(
     kv_lens = _check.array("kv_lens", kv_lens, _check.I32, "B")
     tables = _tables(block_tables, kv_lens.shape[0])
     first = jnp.maximum(kv_lens // ratio - int(overlap), 0) * ratio
-    positions = first[:, None] + jnp.arange((1 + overlap) * ratio - 1, dtype=jnp.int32)
+    positions = first[:, None] + jnp.arange((1 + overlap) * ratio - 1, dtype=jnp.int32)[None]
 
     def rows_of(pool: Array, tables: Array, layer: Array) -> Array:
         pages, at = paging.pool_of(pool, layer)
@@ -326,5 +326,9 @@ def raw_to_prefix(
     prefixes = CompressorState(kv.astype(jnp.float32), score.astype(jnp.float32), "prefix")
     if not has_layers:
         return convert(None, prefixes)
-    bounds = jnp.int32(0), jnp.int32(kv.shape[0])
-    return jax.lax.fori_loop(*bounds, convert, prefixes)
+    return jax.lax.fori_loop(
+        0,
+        kv.shape[0],
+        lambda layer, prefixes: convert(layer.astype(jnp.int32), prefixes),  # int64 in x64 mode
+        prefixes,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.export
@@ -17,7 +17,43 @@ from jax_dsv4 import _check, _config
 STATE_FORMATS = _config.STATE_FORMATS
 
 
-@jax.tree_util.register_dataclass
+# The leaves' names in a tree of each format. They differ: a checkpoint holds leaves and no formats,
+# and must not be restored into a state of another one.
+_LEAVES = {"raw": ("kv", "score"), "prefix": ("mean", "logsumexp")}
+assert tuple(_LEAVES) == STATE_FORMATS
+
+_T = TypeVar("_T", bound=type)
+
+
+def _pytree(cls: _T) -> _T:
+    """Make the class a pytree that ``jax.export`` can serialize; its format is static.
+
+    JAX knows a type by its object, hence the first one stays when this module is reloaded.
+    """
+    if cls.__name__ in globals():
+        return globals()[cls.__name__]
+
+    def flatten_with_keys(state: Any):
+        names = _LEAVES.get(state.format, _LEAVES["raw"])
+        keys = map(jax.tree_util.GetAttrKey, names)
+        return tuple(zip(keys, (state.kv, state.score), strict=True)), (state.format,)
+
+    jax.tree_util.register_pytree_with_keys(
+        cls,
+        flatten_with_keys,
+        lambda aux, leaves: cls(*leaves, *aux),
+        lambda state: ((state.kv, state.score), (state.format,)),
+    )
+    jax.export.register_pytree_node_serialization(
+        cls,
+        serialized_name=f"jax_dsv4.{cls.__name__}",
+        serialize_auxdata=lambda aux: json.dumps(aux).encode(),
+        deserialize_auxdata=lambda data: tuple(json.loads(data)),
+    )
+    return cls
+
+
+@_pytree
 @dataclasses.dataclass(frozen=True)
 class CompressorState:
     """The paged state of one compressor; a pytree whose ``format`` is static.
@@ -31,21 +67,13 @@ class CompressorState:
         its window's rows up to this one, per channel, the logsumexp of the scores (in ``score``)
         and the mean of kv weighted by their softmax (in ``kv``); -inf and 0 where there are none.
         As static metadata: states of different formats do not mix in a scan, a cond or a compiled
-        program.
+        program; and as names of the leaves, ``kv`` and ``score`` or ``mean`` and ``logsumexp``:
+        nor in a checkpoint.
     """
 
     kv: Any
     score: Any
-    format: str = dataclasses.field(default="raw", metadata={"static": True})
-
-
-# A program with a state among its arguments can be serialized: by its static fields, the format.
-jax.export.register_pytree_node_serialization(
-    CompressorState,
-    serialized_name="jax_dsv4.CompressorState",
-    serialize_auxdata=lambda aux: json.dumps(aux).encode(),
-    deserialize_auxdata=lambda data: tuple(json.loads(data)),
-)
+    format: str = "raw"
 
 
 def init_state(

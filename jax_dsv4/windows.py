@@ -82,7 +82,7 @@ def completed_windows(
     ratio, _ = _check.ratio_and_overlap(compress_ratio, overlap)
     next_n = _check.integer("next_n", next_n, 1)
     first, count = _first_and_count(kv_lens, ratio, next_n, q_lens)
-    row = jnp.arange(-(-next_n // ratio), dtype=jnp.int32)
+    row = jnp.arange(-(-next_n // ratio), dtype=jnp.int32)[None]
     valid = row < count[:, None]
     window = jnp.where(valid, first[:, None] + row, -1)
     return CompletedWindows(window, valid, jnp.where(valid, window * ratio, -1))

@@ -53,7 +53,7 @@ def paged_kv_compress(
     first_position = jnp.where(active, kv_lens - n, 0)
 
     # The new rows, and the places of those that are real; the others go nowhere.
-    t = jnp.arange(next_n, dtype=jnp.int32)
+    t = jnp.arange(next_n, dtype=jnp.int32)[None]
     positions = jnp.where((t < n[:, None]) & active[:, None], first_position[:, None] + t, -1)
     parts = (kv_score, new_score) if new_score.size else jnp.split(kv_score, 2, axis=-1)
     new_kv, new_score = (x.astype(jnp.float32) for x in parts)
@@ -63,7 +63,7 @@ def paged_kv_compress(
 
     # The windows that this step completes, oldest first.
     window = jnp.maximum(first_position, 0)[:, None] // ratio
-    window += jnp.arange(num_windows, dtype=jnp.int32)
+    window += jnp.arange(num_windows, dtype=jnp.int32)[None]
     completed = active[:, None] & (window < kv_lens[:, None] // ratio)
 
     # What a window contributes to the next one's value, and to its own.
@@ -90,7 +90,7 @@ def paged_kv_compress(
 
         # The windows' rows as stored, then a softmax per channel.
         def rows_of(window: Array, columns: slice) -> tuple[Array, Array]:
-            positions = window[..., None] * ratio + jnp.arange(ratio)
+            positions = window[..., None] * ratio + jnp.arange(ratio, dtype=jnp.int32)[None, None]
             needed = (completed & (window >= 0))[..., None]
             return read(kv, score, jnp.where(needed, positions, -1), columns)
 
