@@ -58,11 +58,14 @@ PLATFORMS = ("cpu", "cuda")
 HAS_CUDA = _load("_cuda", "CUDA") is not None
 
 
-def is_available(platform: str, implementation: Any) -> bool:
-    """Whether the handlers for a platform were built; a warning, or an error, if a GPU is there."""
-    if platform == "cpu" or HAS_CUDA:
-        return True
-    if jax.default_backend() != "gpu":  # lowered for another machine
+def has_kernel(platform: str, implementation: Any) -> bool:
+    """Whether a call becomes the kernel on a platform.
+
+    Warns, or raises ``RuntimeError``, where a GPU is there and this package was built without CUDA.
+    """
+    if platform not in PLATFORMS or platform == "cpu" or HAS_CUDA:
+        return platform in PLATFORMS
+    if jax.default_backend() != "gpu":  # lowered here for another machine
         return implementation is not None
     problem = "jax_dsv4 was built without a CUDA compiler"
     remedy = "see the troubleshooting page of its docs"

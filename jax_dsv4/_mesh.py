@@ -1,12 +1,15 @@
-"""Calls on meshes: the group dimensions are split over devices, without a collective.
+"""Calls on several devices: the group dimensions are split over them, without a collective.
 
-A plain ``ffi_call`` on sharded operands makes XLA gather them all first. Groups are independent
-(each has its own pool, and page ids are local to it), so each device can run its own:
+XLA gathers whatever is sharded in front of a custom call. But groups are independent (each has its
+own pool, and page ids are local to it), so each device can run its own. How they are split:
 
-- no mesh in scope, or inside ``shard_map``: the call as it is;
-- axes of type Explicit, where shardings are part of the types: ``shard_map``, from them;
-- axes of type Auto: ``custom_partitioning``, whose rule tells Shardy that the group dimensions may
-  be sharded and nothing else may. It costs the persistent compilation cache, hence only here.
+- over axes of type Explicit, the operands' types say, whether or not a mesh is in scope: then a
+  ``shard_map`` over the mesh;
+- otherwise only the compiler knows, after it was told of arguments, results and constraints:
+  ``custom_partitioning``, whose rule tells Shardy that the group dimensions may be sharded and
+  nothing else may. It costs the persistent compilation cache, hence is lowered only where a program
+  runs on several devices;
+- inside ``shard_map``, a call works on what its device was given.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from jax import Array
 from jax.core import ShapedArray
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.interpreters.mlir import LoweringRuleContext, ShardingContext
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 if TYPE_CHECKING:
     from jax_dsv4._op import Operation
@@ -38,7 +41,7 @@ def _specs(groups: Sequence[Any], full: tuple[int, ...], shapes: Sequence[tuple[
         yield PartitionSpec(*groups) if is_split else PartitionSpec()
 
 
-def split_of(
+def split_in_types(
     operation: Operation, avals: Sequence[ShapedArray]
 ) -> tuple[AbstractMesh, tuple[Any, ...]]:
     """The mesh, and what each group dimension is split over as the operands' types say.
@@ -52,26 +55,27 @@ def split_of(
     meshes = [aval.sharding.mesh for aval in avals if not aval.sharding.mesh.empty]
     mesh = meshes[0] if meshes else jax.sharding.get_abstract_mesh()
     full = avals[operation.groups_index].shape[:num_groups]
-    groups: list[Any] = [None] * num_groups
-    for by_dim, x in ((tuple(x.sharding.spec), x) for x in avals):
-        if x.shape[:num_groups] == full:
-            groups = [g if g is not None else own for g, own in zip(groups, by_dim, strict=False)]
-    names = [
-        name for g in groups if g is not None for name in (g if isinstance(g, tuple) else (g,))
+    has_groups = [aval.shape[:num_groups] == full for aval in avals]
+    split: list[Any] = [None] * num_groups
+    for aval, is_full in zip(avals, has_groups, strict=True):
+        if is_full:
+            own = tuple(aval.sharding.spec)[:num_groups]
+            split = [a if a is not None else b for a, b in zip(split, own, strict=True)]
+    axes = [
+        axis for by in split if by is not None for axis in (by if isinstance(by, tuple) else (by,))
     ]
-    for name, x in zip(operation.names, avals, strict=True):
-        got = tuple(x.sharding.spec)
-        wanted = groups if x.shape[:num_groups] == full else [None] * num_groups
-        wanted = (*wanted, *(None,) * (x.ndim - num_groups))
+    for name, aval, is_full in zip(operation.names, avals, has_groups, strict=True):
+        wanted = [*(split if is_full else [None] * num_groups), *[None] * (aval.ndim - num_groups)]
+        got = tuple(aval.sharding.spec)
         differs = any(g is not None and g != w for g, w in zip(got, wanted, strict=True))
-        if differs or len(set(names)) < len(names):
+        if differs or len(set(axes)) < len(axes):
             raise ValueError(
                 f"{name}: expected no sharding but that of the leading group dimensions, "
-                f"{PartitionSpec(*wanted)}, got {x.sharding.spec}. Layers, pages, rows and "
+                f"{PartitionSpec(*wanted)}, got {aval.sharding.spec}. Layers, pages, rows and "
                 "channels cannot be sharded: give each device a group with a pool of its own "
                 "(jax.vmap), or reshard"
             )
-    return mesh, tuple(groups)
+    return mesh, tuple(split)
 
 
 def num_devices(ctx: LoweringRuleContext) -> int:
@@ -80,7 +84,7 @@ def num_devices(ctx: LoweringRuleContext) -> int:
     return context.num_devices if isinstance(context, ShardingContext) else 1
 
 
-def split(
+def over_explicit_axes(
     call: Call,
     operation: Operation,
     mesh: AbstractMesh,
@@ -112,8 +116,9 @@ def split(
     )(*(jax.sharding.reshard(operands[i], NamedSharding(mesh, specs[i])) for i in passed))
 
 
-def partitioned(call: Call, of_groups: int, num_groups: int) -> Call:
+def over_automatic_axes(call: Call, operation: Operation, operands: Sequence[Any]) -> Call:
     """``call`` on each device's groups, as the compiler splits them."""
+    of_groups, num_groups = operation.groups_index, operation.num_groups(operands)
 
     def rule(mesh, operands, results):
         full, others = operands[of_groups].shape[:num_groups], []

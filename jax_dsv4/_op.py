@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.export
@@ -23,7 +23,7 @@ from jax import Array
 from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jax_dsv4 import _ffi, _mesh
@@ -111,6 +111,99 @@ class Kernel:
     geometry: int = -1  # how it is launched; -1: as was measured to be fastest
 
 
+class _Static(NamedTuple):
+    """What is known of a call before its operands."""
+
+    operation: Operation
+    options: Any
+    implementation: str | Kernel | None
+
+
+# One call of an operation. A primitive, so that it is lowered for each platform by its own rule,
+# which traces the reference only where it is what runs.
+_call = Primitive("paged_operation")
+_call.multiple_results = True
+
+
+def call(
+    operation: Operation, options: Hashable, implementation: str | Kernel | None, *operands: Array
+) -> tuple[Array, ...]:
+    """The operation on operands without group dimensions -> its results.
+
+    ``options`` is a frozen dataclass: the static side of a call, which the record's functions read.
+    """
+    return _bind(_Static(operation, options, implementation), *_vary_alike(operands))
+
+
+def _vary_alike(operands: Sequence[Array]) -> list[Array]:
+    """Inside ``shard_map``, make every operand vary over the axes that any of them varies over."""
+    varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
+    axes = frozenset().union(*varying)
+    return [
+        jax.lax.pcast(x, tuple(axes - own), to="varying") if axes - own else x
+        for x, own in zip(operands, varying, strict=True)
+    ]
+
+
+def _bind(static: _Static, *operands: Array) -> tuple[Array, ...]:
+    operation = static.operation
+    mesh, split = _mesh.split_in_types(operation, [jax.typeof(x) for x in operands])
+    partitioned = None
+    if split and not any(split) and AxisType.Manual not in mesh.axis_types:
+        shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands)
+        partitioned = _partitioned(static, shapes, mesh)
+    return tuple(_call.bind(*operands, static=static, partitioned=partitioned))
+
+
+@functools.cache
+def _partitioned(
+    static: _Static, shapes: tuple[jax.ShapeDtypeStruct, ...], mesh: AbstractMesh
+) -> ClosedJaxpr:
+    """The call on devices that only the compiler knows; ``mesh``: the one in scope, of the cache.
+
+    Made before lowering, for JAX to see in it that a program with this call depends on its devices.
+    """
+    split = _mesh.over_automatic_axes(_part_of(static), static.operation, shapes)
+    return jax.make_jaxpr(split)(*shapes)
+
+
+@functools.cache
+def _part_of(static: _Static) -> _mesh.Call:
+    """The call on what one device has of the operands."""
+    return lambda *operands: tuple(_call.bind(*operands, static=static, partitioned=None))
+
+
+@_call.def_impl
+def _run_eagerly(*operands: Array, **params: Any) -> list[Array]:
+    return _jitted(tuple(params.items()))(*operands)
+
+
+@functools.cache
+def _jitted(params: tuple[tuple[str, Any], ...]) -> Callable[..., list[Array]]:
+    return jax.jit(functools.partial(_call.bind, **dict(params)))
+
+
+@_call.def_abstract_eval
+def _types(
+    *avals: ShapedArray, static: _Static, partitioned: ClosedJaxpr | None
+) -> list[ShapedArray]:
+    operation = static.operation
+    mesh, split = _mesh.split_in_types(operation, avals)
+    of_groups = avals[operation.groups_index]
+    groups = of_groups.shape[: len(split)]
+
+    def result(shape: Sequence[int], dtype: DTypeLike) -> ShapedArray:
+        spec = PartitionSpec(*split, *(None,) * (len(shape) - len(split)))
+        sharding = NamedSharding(mesh, spec)
+        return of_groups.update(shape=tuple(shape), dtype=jnp.dtype(dtype), sharding=sharding)
+
+    others = operation.results(static.options, *_without_groups(operation, avals))
+    return [
+        *(result((*groups, *shape), dtype) for shape, dtype in others),
+        *(result(avals[i].shape, avals[i].dtype) for i in operation.written),
+    ]
+
+
 def _cores(operation: Operation, operands: Sequence[Any]) -> list[tuple[int, ...]]:
     return [
         x.shape[x.ndim - operand.rank :]
@@ -125,173 +218,31 @@ def _without_groups(operation: Operation, avals: Sequence[Any]) -> list[jax.Shap
     ]
 
 
-def _run_compiled(
-    operation: Operation,
-    options: Any,
-    implementation: str | Kernel | None,
-    ctx: mlir.LoweringRuleContext,
-    *operands: Any,
-) -> Sequence[Any]:
-    """Lower to the custom call, which works in place."""
-    kernel = implementation if isinstance(implementation, Kernel) else Kernel()
-    others = len(ctx.avals_out) - len(operation.written)
-    rule = jax.ffi.ffi_lowering(
-        kernel.target or operation.target,
-        operand_output_aliases={i: others + n for n, i in enumerate(operation.written)},
-    )
-    attributes = operation.attributes(options, *_without_groups(operation, ctx.avals_in))
-    return rule(ctx, *operands, **attributes, geometry=int(kernel.geometry))
+# ----------------------------------------------------------------------------------- its transforms
 
 
-def _run_reference(operation: Operation, options: Any, *operands: Array) -> tuple[Array, ...]:
-    groups = operands[operation.groups_index].shape[: operation.num_groups(operands)]
-    cores = _cores(operation, operands)
-    per_group = [x.shape == groups + core for x, core in zip(operands, cores, strict=True)]
-    call = functools.partial(operation.reference, **dataclasses.asdict(options))
-    for _ in groups:
-        call = jax.vmap(call, in_axes=tuple(0 if mapped else None for mapped in per_group))
-    return call(
-        *(x if m else x.reshape(c) for x, m, c in zip(operands, per_group, cores, strict=True))
-    )
-
-
-# A call of an operation: a primitive, for each platform's implementation to be chosen, and traced,
-# when a program is lowered for it.
-_call = Primitive("paged_operation")
-_call.multiple_results = True
-
-
-def _bind(
-    operation: Operation,
-    options: Any,
-    implementation: str | Kernel | None,
-    *operands: Array,
-) -> list[Array]:
-    partitioned = None
-    mesh, groups = _mesh.split_of(operation, [jax.typeof(x) for x in operands])
-    if groups and not any(groups) and AxisType.Manual not in mesh.axis_types:
-        part = _part_of(operation, options, implementation)
-        shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands)
-        partitioned = _partitioned(part, operation, shapes, mesh)
-    return _call.bind(
-        *operands,
-        operation=operation,
-        options=options,
-        implementation=implementation,
-        partitioned=partitioned,
-    )
-
-
-@functools.cache
-def _part_of(*static: Any) -> Callable[..., tuple[Array, ...]]:
-    """The call on what one device has of the operands."""
-    names = ("operation", "options", "implementation")
-    params = dict(zip(names, static, strict=True))
-    return lambda *operands: tuple(_call.bind(*operands, **params, partitioned=None))
-
-
-@functools.cache
-def _partitioned(
-    part: Callable[..., tuple[Array, ...]],
-    operation: Operation,
-    shapes: tuple[jax.ShapeDtypeStruct, ...],
-    mesh: Any,
-) -> ClosedJaxpr:
-    """Kept in the primitive: JAX must see before lowering that it needs to know the devices."""
-    return jax.make_jaxpr(
-        _mesh.partitioned(part, operation.groups_index, operation.num_groups(shapes))
-    )(*shapes)
-
-
-@_call.def_impl
-def _(*operands: Array, **params: Any) -> list[Array]:
-    return _jitted(tuple(params.items()))(*operands)
-
-
-@functools.cache
-def _jitted(params: tuple[tuple[str, Any], ...]) -> Callable[..., list[Array]]:
-    return jax.jit(functools.partial(_call.bind, **dict(params)))
-
-
-@_call.def_abstract_eval
-def _(*avals: ShapedArray, operation: Operation, options: Any, **_: Any) -> list[ShapedArray]:
-    of_groups = avals[operation.groups_index]
-    num_groups = operation.num_groups(avals)
-    mesh, groups = _mesh.split_of(operation, avals)
-
-    def result(shape: Sequence[int], dtype: DTypeLike) -> ShapedArray:
-        spec = PartitionSpec(*groups, *(None,) * (len(shape) - num_groups))
-        sharding = NamedSharding(mesh, spec)
-        return of_groups.update(shape=tuple(shape), dtype=jnp.dtype(dtype), sharding=sharding)
-
-    shapes = operation.results(options, *_without_groups(operation, avals))
-    return [
-        *(result((*of_groups.shape[:num_groups], *shape), dtype) for shape, dtype in shapes),
-        *(result(avals[i].shape, avals[i].dtype) for i in operation.written),
-    ]
-
-
-def _batch(
-    operands: Sequence[Array],
-    dims: Sequence[int | None],
-    *,
-    operation: Operation,
-    options: Any,
-    implementation: str | Kernel | None,
-    partitioned: ClosedJaxpr | None,
-) -> tuple[list[Array], list[int]]:
-    batched = [dim is not None for dim in dims]
-    in_front = [
-        x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True)
-    ]
-    size = in_front[batched.index(True)].shape[0]
-    mapped = _map(operation, size, batched, in_front)
-    results = _bind(operation, options, implementation, *mapped)
-    return results, [0] * len(results)
-
-
-def _differentiate(primals: Any, tangents: Any, *, operation: Operation, **params: Any) -> Any:
+def _differentiate(primals: Any, tangents: Any, *, static: _Static, **_: Any) -> Any:
     raise NotImplementedError(
-        f"{operation.name} has no derivative: it updates a cache, for inference only. "
+        f"{static.operation.name} has no derivative: it updates a cache, for inference only. "
         "Put jax.lax.stop_gradient around its operands"
     )
 
 
-batching.primitive_batchers[_call] = _batch
+def _batch(
+    operands: Sequence[Array], axes: Sequence[int | None], *, static: _Static, **_: Any
+) -> tuple[tuple[Array, ...], list[int]]:
+    batched = [axis is not None for axis in axes]
+    in_front = [
+        x if axis is None else jnp.moveaxis(x, axis, 0)
+        for x, axis in zip(operands, axes, strict=True)
+    ]
+    size = in_front[batched.index(True)].shape[0]
+    results = _bind(static, *_map(static.operation, size, batched, in_front))
+    return results, [0] * len(results)
+
+
 ad.primitive_jvps[_call] = _differentiate
-
-
-def _lower(
-    ctx: mlir.LoweringRuleContext,
-    *operands: Any,
-    platform: str,
-    operation: Operation,
-    options: Any,
-    implementation: str | Kernel | None,
-    partitioned: ClosedJaxpr | None,
-) -> Sequence[Any]:
-    mesh, groups = _mesh.split_of(operation, ctx.avals_in)
-    if any(groups):
-        part = _part_of(operation, options, implementation)
-        split = functools.partial(_mesh.split, part, operation, mesh, groups)
-        return mlir.lower_fun(split, multiple_results=True)(ctx, *operands)
-    if partitioned is not None and _mesh.num_devices(ctx) > 1:
-        return mlir.lower_fun(jaxpr_as_fun(partitioned), multiple_results=True)(ctx, *operands)
-    if implementation != "xla":
-        if platform in _ffi.PLATFORMS and _ffi.is_available(platform, implementation):
-            return _run_compiled(operation, options, implementation, ctx, *operands)
-        if implementation is not None:
-            others = " or ".join(ctx.module_context.platforms)
-            raise NotImplementedError(
-                f"{operation.name}: implementation={implementation!r} is not there on {others}"
-            )
-    plain = functools.partial(_run_reference, operation, options)
-    return mlir.lower_fun(plain, multiple_results=True)(ctx, *operands)
-
-
-for _platform in _ffi.PLATFORMS:
-    mlir.register_lowering(_call, functools.partial(_lower, platform=_platform), _platform)
-mlir.register_lowering(_call, functools.partial(_lower, platform="another"))
+batching.primitive_batchers[_call] = _batch
 
 
 def _map(
@@ -329,24 +280,61 @@ def _per_group(operand: Operand, x: Array, groups: tuple[int, ...]) -> Array:
     return jnp.broadcast_to(x, (*groups, *x.shape[x.ndim - operand.rank :]))
 
 
-def _vary_alike(operands: Sequence[Array]) -> list[Array]:
-    """Inside ``shard_map``, make every operand vary over the axes that any of them varies over."""
-    varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
-    axes = frozenset().union(*varying)
-    return [
-        jax.lax.pcast(x, tuple(axes - own), to="varying") if axes - own else x
-        for x, own in zip(operands, varying, strict=True)
-    ]
+# ------------------------------------------------------------------------------------- its lowering
 
 
-def call(
-    operation: Operation,
-    options: Hashable,
-    implementation: str | Kernel | None,
-    *operands: Array,
-) -> tuple[Array, ...]:
-    """The operation on ``[*G, ...]`` operands -> its results.
+def _lower(
+    ctx: mlir.LoweringRuleContext,
+    *operands: Any,
+    platform: str,
+    static: _Static,
+    partitioned: ClosedJaxpr | None,
+) -> Sequence[Any]:
+    operation, options, implementation = static
+    avals: Sequence[Any] = ctx.avals_in
+    mesh, split = _mesh.split_in_types(operation, avals)
+    if any(split):
+        run = functools.partial(_mesh.over_explicit_axes, _part_of(static), operation, mesh, split)
+    elif implementation == "xla" or not _ffi.has_kernel(platform, implementation):
+        if implementation not in (None, "xla"):
+            others = " or ".join(ctx.module_context.platforms)
+            raise NotImplementedError(
+                f"{operation.name}: implementation={implementation!r} is not there on {others}"
+            )
+        run = functools.partial(_run_reference, operation, options)
+    elif partitioned is not None and _mesh.num_devices(ctx) > 1:
+        run = jaxpr_as_fun(partitioned)
+    else:
+        return _lower_to_custom_call(static, ctx, *operands)
+    return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
 
-    ``options`` is a frozen dataclass: the static side of a call, which the record's functions read.
-    """
-    return tuple(_bind(operation, options, implementation, *_vary_alike(operands)))
+
+def _lower_to_custom_call(
+    static: _Static, ctx: mlir.LoweringRuleContext, *operands: Any
+) -> Sequence[Any]:
+    operation, options, implementation = static
+    kernel = implementation if isinstance(implementation, Kernel) else Kernel()
+    others = len(ctx.avals_out) - len(operation.written)
+    rule = jax.ffi.ffi_lowering(
+        kernel.target or operation.target,
+        operand_output_aliases={i: others + n for n, i in enumerate(operation.written)},
+    )
+    attributes = operation.attributes(options, *_without_groups(operation, ctx.avals_in))
+    return rule(ctx, *operands, **attributes, geometry=int(kernel.geometry))
+
+
+def _run_reference(operation: Operation, options: Any, *operands: Array) -> tuple[Array, ...]:
+    groups = operands[operation.groups_index].shape[: operation.num_groups(operands)]
+    cores = _cores(operation, operands)
+    per_group = [x.shape == groups + core for x, core in zip(operands, cores, strict=True)]
+    run = functools.partial(operation.reference, **dataclasses.asdict(options))
+    for _ in groups:
+        run = jax.vmap(run, in_axes=tuple(0 if mapped else None for mapped in per_group))
+    return run(
+        *(x if m else x.reshape(c) for x, m, c in zip(operands, per_group, cores, strict=True))
+    )
+
+
+for _platform in _ffi.PLATFORMS:
+    mlir.register_lowering(_call, functools.partial(_lower, platform=_platform), _platform)
+mlir.register_lowering(_call, functools.partial(_lower, platform=""))  # all others

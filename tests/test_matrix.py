@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from checks import COLLECTIVE, STATE, Results, check_results, step_of
 from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 from test_mesh import cpus, grouped, grouped_operands, one_device_results, specs
 
 GROUPS = 8
@@ -49,7 +48,9 @@ def program_of(form, step, sharding):
         return jax.jit(grouped(jax.jit(step), 1), donate_argnums=STATE)
     if form == "jit":
         return jax.jit(grouped(step, 1), donate_argnums=STATE)
-    shardings = {} if sharding is None else {"in_shardings": sharding, "out_shardings": sharding[STATE[0]]}
+    shardings = (
+        {} if sharding is None else {"in_shardings": sharding, "out_shardings": sharding[STATE[0]]}
+    )
     return jax.jit(grouped(step, 1), donate_argnums=STATE, **shardings)
 
 
