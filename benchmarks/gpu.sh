@@ -43,7 +43,7 @@ build() {
     capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader) || return
   capability=${capability%%$'\n'*}
   CUDAARCHS="${capability/./}-real" python3 -m pip install --quiet --no-build-isolation --no-deps \
-    -e . -Ccmake.define.JAX_DSV4_CUDA=ON
+    -e . -Ccmake.define.JAX_DSV4_CUDA=ON -Cbuild-dir="build/{wheel_tag}" # kept, for the next part
 }
 
 # Writes the ids of the GPU tests that match an expression, dealt out to so many files:

@@ -81,7 +81,10 @@ def array(name: str, x: Any, dtypes: Sequence[str], *shape: int | str) -> Array:
     if isinstance(x, jax.ShapeDtypeStruct):
         raise TypeError(f"{name}: expected an array, got a ShapeDtypeStruct; use jax.eval_shape")
     try:
-        given = x if hasattr(x, "dtype") and hasattr(x, "shape") else jnp.asarray(x)
+        given = x
+        if not (hasattr(x, "dtype") and hasattr(x, "shape")):
+            with jax.enable_x64(False):  # Python's numbers are of 32 bits in either mode
+                given = jnp.asarray(x)
         dtype = _dtype_name(given.dtype)
     except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(

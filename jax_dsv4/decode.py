@@ -188,7 +188,8 @@ def paged_kv_compress(
 
     Precision: sums in f32. A row is stored rounded once to the state's dtype, the score after its
     bias is added in f32; a new row counts as stored. Rounding is to nearest even. (On a CPU, XLA's
-    threads flush a denormal sum of score and bias to zero.) In format ``"prefix"``, the logsumexp
+    threads flush a denormal sum of score and bias to zero.) A raw value is finite as long as
+    ``R max|kv|`` (``2 R max|kv|`` where windows overlap) is. In format ``"prefix"``, the logsumexp
     and the mean are rounded to f32 once per row; by the compiled kernel on a CPU in the same way
     however the rows are split into steps, elsewhere their last bits can depend on that. To first
     order in u = 2^-24, a value is then off by at most ``R u (12 + max|lse|) max|kv|``, over the
@@ -200,7 +201,8 @@ def paged_kv_compress(
     page id outside [0, num_pages) and a logical page past the table are nowhere: rows written there
     are dropped, rows read there are left out. A window with nothing left, or with no score above
     -inf, gives zero. Rows at negative positions (``kv_lens`` below the number of new rows) are
-    ignored. +inf and NaN stay within their channel.
+    ignored. +inf and NaN stay within their channel. A row whose score is -inf weighs nothing, but
+    its kv must be finite: 0 times infinity or NaN is NaN.
 
     Pages may be shared by requests, as long as within one step no request writes a row that another
     one writes or reads; if they do, either value may be seen.

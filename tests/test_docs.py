@@ -21,6 +21,7 @@ PAGES = (
 )
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 NEEDS_8_DEVICES = "# Needs 8 devices."
+NEEDS_ORBAX = "# Needs orbax-checkpoint."
 MAX_README_LINES = 150
 
 
@@ -60,6 +61,8 @@ def run_alone(snippet):
 def test_every_snippet_runs_by_itself(snippet):
     if NEEDS_8_DEVICES in snippet.code and jax.device_count() < 8:
         pytest.skip(f"needs 8 devices of one kind, JAX's default has {jax.device_count()}")
+    if NEEDS_ORBAX in snippet.code:
+        pytest.importorskip("orbax.checkpoint")
     run_alone(snippet)
 
 
