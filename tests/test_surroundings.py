@@ -67,10 +67,16 @@ def test_a_mesh_in_scope_changes_no_value_of_operands_that_are_nowhere(
     state, tables = CompressorState(raw["kv"], raw["score"]), raw["kv_tables"]
     convert = functools.partial(raw_to_prefix, **R4, implementation=implementation)
     want = run(CASE, operands, "ffi", jax.devices("cpu")[0])
+    earlier = [jnp.asarray(x) for x in operands.astuple()]
+    before = init_state(8, 4, head_dim=128, **R4)
     prefixes = convert(state, tables, raw["kv_lens"])
     with jax.set_mesh(mesh):
-        got = step_of(CASE, implementation)(*operands.astuple())
-        check_results(Results(*map(np.asarray, got)), want)
+        step = step_of(CASE, implementation)
+        for given in (operands.astuple(), earlier):
+            for got in (step(*given), jax.jit(step)(*given)):
+                check_results(Results(*map(np.asarray, got)), want)
+        call(state=before)
+        convert(before, np.zeros((2, 4), np.int32), np.array([4, 8], np.int32))
         empty = init_state(8, 4, head_dim=128, **R4)  # placed by JAX, as it likes
         call(state=empty)
         jax.jit(lambda state: call(state=state))(empty)
