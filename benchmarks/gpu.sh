@@ -7,7 +7,7 @@
 #     test      every test that is marked gpu
 #     sanitize  the kernels alone under compute-sanitizer: bad accesses, and races
 #     job       the main job, in both state formats
-#     measure   most of README's times, with the baselines and jnp beside
+#     measure   most of README's times, with the baselines and jnp beside; the indexer; layers
 #     vary      the times of all other points in points.csv
 #     step      a whole decode step in one program
 #     profile   the launches captured in graphs by hand, and ncu's counters
@@ -107,18 +107,19 @@ run_job() {
   run job-prefix python3 -m jax_dsv4 --state-format prefix
 }
 
-readme_points=(raw distributed no_hit prefix r4)
+# Dealt out so that both parts take less than 8 minutes.
+measured_points=(raw distributed no_hit prefix r4 indexer layers)
 commit=(${COMMIT:+--commit "$COMMIT"})
 
 run_measure() {
   run baseline python3 benchmarks/baseline.py
   run measure python3 benchmarks/decode.py --out "$results/decode.jsonl" "${commit[@]}" \
-    --points "${readme_points[@]}"
+    --points "${measured_points[@]}"
 }
 
 run_vary() {
   run vary python3 benchmarks/decode.py --out "$results/decode.jsonl" "${commit[@]}" \
-    --but "${readme_points[@]}" acceptance
+    --but "${measured_points[@]}" acceptance
 }
 
 run_step() {

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import pathlib
 import re
+import sys
 import warnings
 from types import ModuleType
 from typing import Any
@@ -71,5 +72,10 @@ def has_kernel(platform: str, implementation: Any) -> bool:
     remedy = "see the troubleshooting page of its docs"
     if implementation is not None:
         raise RuntimeError(f"implementation={implementation!r}: {problem}; {remedy}")
-    warnings.warn(f"{problem}: on a GPU, the slow jnp reference runs; {remedy}", stacklevel=2)
+    warning = f"{problem}: on a GPU, the slow jnp reference runs; {remedy}"
+    if sys.version_info >= (3, 12):  # at the user's line
+        skipped = tuple(str(pathlib.Path(m.__file__).parent) for m in (jax, _cpu))
+        warnings.warn(warning, skip_file_prefixes=skipped)
+    else:
+        warnings.warn(warning, stacklevel=2)
     return False

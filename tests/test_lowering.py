@@ -96,6 +96,19 @@ def test_cuda_gets_the_kernel_where_it_was_built(has_cuda, monkeypatch, nothing_
     assert len(calls(text)) == has_cuda
 
 
+def test_on_a_gpu_without_the_cuda_module_a_warning_or_an_error(monkeypatch, nothing_traced):
+    monkeypatch.setattr(_ffi, "HAS_CUDA", False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.warns(
+        UserWarning, match="built without a CUDA compiler: on a GPU, the slow"
+    ) as seen:
+        assert not calls(lowered_text(step_of(CASE), "cuda"))
+    assert sys.version_info < (3, 12) or seen[0].filename == __file__
+    with pytest.raises(RuntimeError, match=r"implementation='ffi': .* without a CUDA compiler"):
+        lowered_text(step_of(CASE, "ffi"), "cuda")
+    assert calls(lowered_text(step_of(CASE), "cpu"))
+
+
 @pytest.mark.parametrize("platform", ("tpu", "rocm"))
 def test_asking_for_the_kernel_where_there_is_none_raises(platform):
     with pytest.raises(NotImplementedError, match=platform):

@@ -64,6 +64,18 @@ def test_matrix(case, mode, mesh_type, devices, place, form):
     check(case, mode, mesh_type, cpus()[:devices], place, form)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ("jit", "vmap of jit", "shardings of jit"))
+@pytest.mark.parametrize("place", ("placed", "unplaced", "abstract"))
+@pytest.mark.parametrize("mesh_type", MESHES)
+@pytest.mark.parametrize("case", cases.in_formats([cases.MAPPED]), ids=str)
+def test_two_gpus(case, mesh_type, place, form, gpu):
+    devices = jax.devices("cuda")
+    if len(devices) < 2:
+        pytest.skip("needs two GPUs")
+    check(case, "no mode", mesh_type, devices[:2], place, form)
+
+
 def check(case, mode, mesh_type, devices, place, form):
     axis_type = MESHES[mesh_type] or AxisType.Auto
     mesh = jax.make_mesh((len(devices),), ("a",), axis_types=(axis_type,), devices=devices)

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import Results, arguments, check_results, run, step_of
+from checks import COLLECTIVE, Results, arguments, check_results, run, step_of
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jax_dsv4 import CompressorState, init_state, paged_kv_compress
 
@@ -62,6 +64,27 @@ def test_vmap_maps_either_half(mapped, implementation, device):
         own = tuple(x if axis is None else x[i] for x, axis in zip(halves, mapped, strict=True))
         want = jax.jit(step)(own, *rest)
         check_results(Results(*(np.asarray(x)[i] for x in got)), Results(*map(np.asarray, want)))
+
+
+@pytest.mark.parametrize("mapped", [(0, None), (0, 0)], ids=str)
+@pytest.mark.parametrize("axis_type", (AxisType.Auto, AxisType.Explicit), ids=str)
+def test_on_a_mesh_the_groups_of_either_half_are_split(axis_type, mapped):
+    case, cpus = cases.MAPPED, jax.devices("cpu")[:8]
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(axis_type,), devices=cpus)
+    groups = [apart(cases.make_operands(case, seed), cpus[0]) for seed in range(8)]
+    pair, *rest = jax.tree.map(lambda *xs: np.stack(xs), *groups)
+    pair = tuple(x if axis == 0 else x[0] for x, axis in zip(pair, mapped, strict=True))
+    step = jax.vmap(step_of(case, "ffi"), (mapped, *[0] * len(rest)))
+    want = Results(*map(np.asarray, jax.jit(step)(pair, *rest)))
+    split, whole = NamedSharding(mesh, P("x")), NamedSharding(mesh, P())
+    halves = tuple(
+        jax.device_put(x, split if axis == 0 else whole)
+        for x, axis in zip(pair, mapped, strict=True)
+    )
+    operands = halves, *jax.device_put(rest, split)
+    program = jax.jit(step, donate_argnums=(2, 3))
+    assert not COLLECTIVE.findall(program.lower(*operands).compile().as_text())
+    check_results(Results(*map(np.asarray, program(*operands))), want)
 
 
 def spec(*shape, dtype=jnp.float32):
