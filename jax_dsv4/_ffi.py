@@ -74,7 +74,7 @@ def has_kernel(platform: str, implementation: Any) -> bool:
         raise RuntimeError(f"implementation={implementation!r}: {problem}; {remedy}")
     warning = f"{problem}: on a GPU, the slow jnp reference runs; {remedy}"
     if sys.version_info >= (3, 12):  # at the user's line
-        skipped = tuple(str(pathlib.Path(m.__file__).parent) for m in (jax, _cpu))
+        skipped = tuple(str(pathlib.Path(f).parent) for f in (jax.__file__, __file__))
         warnings.warn(warning, skip_file_prefixes=skipped)
     else:
         warnings.warn(warning, stacklevel=2)
