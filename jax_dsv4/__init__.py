@@ -13,6 +13,13 @@ if importlib.util.find_spec("jax_dsv4._cpu") is None:
 from jax_dsv4._op import EXPORT_DISABLED_CHECKS
 from jax_dsv4.decode import paged_kv_compress, raw_to_prefix
 from jax_dsv4.pages import OutOfPages, PagePool, SlotTables, live_pages, pages_needed, slot_tables
+from jax_dsv4.records import (
+    RECORD_FORMATS,
+    RecordCache,
+    dequantize_records,
+    init_records,
+    store_records,
+)
 from jax_dsv4.state import STATE_FORMATS, CompressorState, init_state
 from jax_dsv4.windows import CompletedWindows, completed_windows, num_compressed
 
@@ -20,14 +27,18 @@ __version__ = importlib.metadata.version("jax_dsv4")
 
 __all__ = [
     "EXPORT_DISABLED_CHECKS",
+    "RECORD_FORMATS",
     "STATE_FORMATS",
     "CompletedWindows",
     "CompressorState",
     "OutOfPages",
     "PagePool",
+    "RecordCache",
     "SlotTables",
     "__version__",
     "completed_windows",
+    "dequantize_records",
+    "init_records",
     "init_state",
     "live_pages",
     "num_compressed",
@@ -35,4 +46,5 @@ __all__ = [
     "pages_needed",
     "raw_to_prefix",
     "slot_tables",
+    "store_records",
 ]

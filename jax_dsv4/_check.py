@@ -130,3 +130,13 @@ def state_dtype(name: str, format: str, dtype: DTypeLike) -> None:
             f"{name}: expected {' or '.join(allowed)} in state format {format!r}, got {got}: "
             "rounded to less than float32 at each of its rows, a prefix drifts"
         )
+
+
+def layer(value: Any) -> Array:
+    """A layer as an operand: [1] i32, or [0] for ``None``; -1 for what no i32 holds."""
+    if value is None:
+        return jnp.zeros(0, jnp.int32)
+    if isinstance(value, jax.Array):
+        return array("layer", value, I32).reshape(1)
+    got = index("layer", value)
+    return jnp.full(1, got if 0 <= got <= _INT32_MAX else -1, jnp.int32)

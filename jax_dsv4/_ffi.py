@@ -59,13 +59,15 @@ PLATFORMS = ("cpu", "cuda")
 HAS_CUDA = _load("_cuda", "CUDA") is not None
 
 
-def has_kernel(platform: str, implementation: Any) -> bool:
+def has_kernel(target: str, platform: str, implementation: Any) -> bool:
     """Whether a call becomes the kernel on a platform.
 
     Warns, or raises ``RuntimeError``, where a GPU is there and this package was built without CUDA.
     """
-    if platform not in PLATFORMS or platform == "cpu" or HAS_CUDA:
-        return platform in PLATFORMS
+    if target not in TARGETS or platform not in PLATFORMS:
+        return False
+    if platform == "cpu" or HAS_CUDA:
+        return True
     if jax.default_backend() != "gpu":  # lowered here for another machine
         return implementation is not None
     problem = "jax_dsv4 was built without a CUDA compiler"

@@ -295,7 +295,7 @@ def _lower(
     mesh, split = _mesh.split_in_types(operation, avals)
     if any(split):
         run = functools.partial(_mesh.over_explicit_axes, _part_of(static), operation, mesh, split)
-    elif implementation == "xla" or not _ffi.has_kernel(platform, implementation):
+    elif implementation == "xla" or not _ffi.has_kernel(operation.target, platform, implementation):
         if implementation not in (None, "xla"):
             others = " or ".join(ctx.module_context.platforms)
             raise NotImplementedError(
@@ -327,7 +327,7 @@ def _run_reference(operation: Operation, options: Any, *operands: Array) -> tupl
     groups = operands[operation.groups_index].shape[: operation.num_groups(operands)]
     cores = _cores(operation, operands)
     per_group = [x.shape == groups + core for x, core in zip(operands, cores, strict=True)]
-    run = functools.partial(operation.reference, **dataclasses.asdict(options))
+    run = functools.partial(operation.reference, **vars(options))
     for _ in groups:
         run = jax.vmap(run, in_axes=tuple(0 if mapped else None for mapped in per_group))
     return run(

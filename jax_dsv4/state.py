@@ -3,57 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from typing import Any, TypeVar
+from typing import Any
 
-import jax
-import jax.export
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from jax_dsv4 import _check, _config
+from jax_dsv4 import _check, _config, _pytree
 
 STATE_FORMATS = _config.STATE_FORMATS
 
 
-# The leaves' names in a tree of each format. They differ: a checkpoint holds leaves and no formats,
-# and must not be restored into a state of another one.
-_LEAVES = {"raw": ("kv", "score"), "prefix": ("mean", "logsumexp")}
-assert tuple(_LEAVES) == STATE_FORMATS
-
-_T = TypeVar("_T", bound=type)
+# The leaves' names in a tree. They differ, for no checkpoint of one format to be restored into a
+# state of the other.
+_LEAF_NAMES = {"raw": ("kv", "score"), "prefix": ("mean", "logsumexp")}
+assert tuple(_LEAF_NAMES) == STATE_FORMATS
 
 
-def _pytree(cls: _T) -> _T:
-    """Make the class a pytree that ``jax.export`` can serialize; its format is static.
-
-    JAX knows a type by its object, hence the first one stays when this module is reloaded.
-    """
-    if cls.__name__ in globals():
-        return globals()[cls.__name__]
-
-    def flatten_with_keys(state: Any):
-        names = _LEAVES.get(state.format, _LEAVES["raw"])
-        keys = map(jax.tree_util.GetAttrKey, names)
-        return tuple(zip(keys, (state.kv, state.score), strict=True)), (state.format,)
-
-    jax.tree_util.register_pytree_with_keys(
-        cls,
-        flatten_with_keys,
-        lambda aux, leaves: cls(*leaves, *aux),
-        lambda state: ((state.kv, state.score), (state.format,)),
-    )
-    jax.export.register_pytree_node_serialization(
-        cls,
-        serialized_name=f"jax_dsv4.{cls.__name__}",
-        serialize_auxdata=lambda aux: json.dumps(aux).encode(),
-        deserialize_auxdata=lambda data: tuple(json.loads(data)),
-    )
-    return cls
-
-
-@_pytree
+@_pytree.register(("kv", "score"), lambda state: _LEAF_NAMES.get(state.format, ("kv", "score")))
 @dataclasses.dataclass(frozen=True)
 class CompressorState:
     """The paged state of one compressor; a pytree whose ``format`` is static.
