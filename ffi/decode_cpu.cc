@@ -9,6 +9,7 @@
 #include "decode_call.h"
 #include "numeric.h"
 #include "prefix.h"
+#include "threads.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_dsv4 {
@@ -177,36 +178,6 @@ void decode_prefix(const DecodeParams& p, int64_t index) {
             round_to<Out>(0.0f));
 }
 
-// Splits the requests into a few tasks per thread of XLA's pool; the future completes with the
-// last.
-ffi::Future decode_batch(ffi::ThreadPool pool, const DecodeParams& p,
-                         void (*decode_request)(const DecodeParams&, int64_t index)) {
-  const int64_t num_requests = int64_t{p.num_groups} * p.batch;
-  const int64_t num_tasks = std::clamp<int64_t>(4 * pool.num_threads(), 1, num_requests);
-  ffi::CountDownPromise promise(num_tasks);
-  ffi::Future future(promise);
-  for (int64_t task = 0; task < num_tasks; ++task) {
-    const int64_t begin = num_requests * task / num_tasks;
-    const int64_t end = num_requests * (task + 1) / num_tasks;
-    pool.Schedule([p, decode_request, begin, end, promise]() mutable {
-      for (int64_t i = begin; i < end; ++i) decode_request(p, i);
-      promise.CountDown();
-    });
-  }
-  return future;
-}
-
-ffi::Future ready(ffi::Error error) {
-  ffi::Promise promise;
-  ffi::Future future(promise);
-  if (error.failure()) {
-    promise.SetError(error);
-  } else {
-    promise.SetAvailable();
-  }
-  return future;
-}
-
 ffi::Future decode(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::RemainingRets results,
                    const DecodeAttributes& attributes) {
   const ffi::ErrorOr<DecodeCall> call = check_decode(operands, results, attributes);
@@ -220,7 +191,8 @@ ffi::Future decode(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::Remai
       if (call->state_format == StateFormat::kPrefix) decode_request = decode_prefix<C>;
     }
   });
-  return decode_batch(pool, call->params, decode_request);
+  const int64_t num_requests = int64_t{call->params.num_groups} * call->params.batch;
+  return share_among_threads(pool, call->params, num_requests, decode_request);
 }
 
 }  // namespace

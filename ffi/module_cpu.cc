@@ -4,9 +4,11 @@
 
 #include "config.h"
 #include "module.h"
+#include "store.h"
 #include "tuning.h"
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(PagedKvCompressCpu);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(StoreRecordsCpu);
 
 namespace jax_dsv4 {
 namespace {
@@ -29,6 +31,7 @@ nb::list geometries_of() {
 NB_MODULE(_cpu, m) {
   export_ffi_version(m);
   export_handler(m, "jax_dsv4_paged_kv_compress", &PagedKvCompressCpu);
+  export_handler(m, "jax_dsv4_store_records", &StoreRecordsCpu);
 
   nb::list kinds, dtypes;
   visit_any(Kinds{}, [&](auto kind) {
@@ -51,6 +54,13 @@ NB_MODULE(_cpu, m) {
     }
     formats.append(nb::make_tuple(kStateFormatNames[i], states));
   }
+  nb::list records;
+  visit_any(Records{}, [&](auto record) {
+    records.append(
+        nb::make_tuple(kRecordFormatNames[static_cast<int>(record.kFormat)], record.kHeadDim));
+    return false;
+  });
+  m.attr("RECORDS") = records;        // (format, head_dim) of the compiled kernels
   m.attr("STATE_FORMATS") = formats;  // (name, dtypes of the state), by value of the attribute
   m.attr("KINDS") = kinds;            // (head_dim, compress_ratio, overlap, geometries)
   m.attr("DTYPES") = dtypes;          // (kv_score, state, kv_comp)

@@ -83,8 +83,10 @@ def array(name: str, x: Any, dtypes: Sequence[str], *shape: int | str) -> Array:
     try:
         given = x
         if not (hasattr(x, "dtype") and hasattr(x, "shape")):
-            with jax.enable_x64(False):  # Python's numbers are of 32 bits in either mode
-                given = jnp.asarray(x)
+            # Python's numbers are of 32 bits in either mode; not so arrays among them.
+            wrong = [leaf for leaf in jax.tree.leaves(x) if _is_array_but_of(leaf, dtypes)]
+            with jax.enable_x64(False):
+                given = wrong[0] if wrong else jnp.asarray(x)
         dtype = _dtype_name(given.dtype)
     except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(
@@ -103,7 +105,12 @@ def array(name: str, x: Any, dtypes: Sequence[str], *shape: int | str) -> Array:
     if not fits:
         wanted = ", ".join(str(want) for want in shape)
         raise ValueError(f"{name}: expected shape [{wanted}], got {list(given.shape)}")
-    checked = jnp.asarray(given)
+    try:
+        checked = jnp.asarray(given)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name}: expected an array of JAX or NumPy, got {type(x).__name__}: {error}"
+        ) from error
     space = jax.typeof(checked).memory_space
     if space != jax.memory.Space.Device:
         raise ValueError(
@@ -111,6 +118,10 @@ def array(name: str, x: Any, dtypes: Sequence[str], *shape: int | str) -> Array:
             "memory; move it: jax.device_put(x, jax.memory.Space.Device)"
         )
     return checked
+
+
+def _is_array_but_of(x: Any, dtypes: Sequence[str]) -> bool:
+    return hasattr(x, "dtype") and _dtype_name(x.dtype) not in dtypes
 
 
 def _dtype_name(dtype: Any) -> str:
@@ -132,11 +143,16 @@ def state_dtype(name: str, format: str, dtype: DTypeLike) -> None:
         )
 
 
-def layer(value: Any) -> Array:
-    """A layer as an operand: [1] i32, or [0] for ``None``; -1 for what no i32 holds."""
+def layer(value: Any, num_layers: int) -> tuple[int, Array]:
+    """(index, [0]) of a layer that is known; (-1, [1]) of one that is on the device.
+
+    A Python index out of range goes to the device, too, and reaches nothing.
+    """
     if value is None:
-        return jnp.zeros(0, jnp.int32)
+        return -1, jnp.zeros(0, jnp.int32)
     if isinstance(value, jax.Array):
-        return array("layer", value, I32).reshape(1)
+        return -1, array("layer", value, I32).reshape(1)
     got = index("layer", value)
-    return jnp.full(1, got if 0 <= got <= _INT32_MAX else -1, jnp.int32)
+    if 0 <= got < num_layers:
+        return got, jnp.zeros(0, jnp.int32)
+    return -1, jnp.full(1, -1, jnp.int32)

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.core import ShapedArray
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.interpreters.mlir import LoweringRuleContext, ShardingContext
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 if TYPE_CHECKING:
     from jax_dsv4._op import Operation
@@ -78,6 +79,15 @@ def split_in_types(
     return mesh, tuple(split)
 
 
+def types_say_all(operation: Operation, avals: Sequence[ShapedArray], mesh: AbstractMesh) -> bool:
+    """Whether the compiler finds no more than ``split_in_types``."""
+    num_groups = operation.num_groups(avals)
+    full = avals[operation.groups_index].shape[:num_groups]
+    with_groups = (aval for aval in avals if aval.size and aval.shape[:num_groups] == full)
+    in_types = all(AxisType.Explicit in aval.sharding.mesh.axis_types for aval in with_groups)
+    return in_types or AxisType.Manual in mesh.axis_types
+
+
 def num_devices(ctx: LoweringRuleContext) -> int:
     """How many devices a program is lowered for; 1 inside ``shard_map``."""
     context = ctx.module_context.axis_context
@@ -116,6 +126,22 @@ def over_explicit_axes(
     )(*(jax.sharding.reshard(operands[i], NamedSharding(mesh, specs[i])) for i in passed))
 
 
+def _tiles(sharding: Sharding, shape: tuple[int, ...], num_groups: int) -> Mesh:
+    """The devices by the groups that they have, an axis for each dimension; the last: alike.
+
+    A mesh of its own: the compiler may split a dimension over a part of an axis of the user's.
+    """
+    by_first: dict[tuple[int, ...], list[Any]] = {}
+    for device, index in sharding.devices_indices_map(shape).items():
+        first = tuple(axis.start or 0 for axis in index[:num_groups])
+        by_first.setdefault(first, []).append(device)
+    counts = [len({first[axis] for first in by_first}) for axis in range(num_groups)]
+    devices: Any = np.array([by_first[first] for first in sorted(by_first)], object)
+    return Mesh(
+        devices.reshape(*counts, -1), (*(f"groups {i}" for i in range(num_groups)), "alike")
+    )
+
+
 def over_automatic_axes(call: Call, operation: Operation, operands: Sequence[Any]) -> Call:
     """``call`` on each device's groups, as the compiler splits them."""
     of_groups, num_groups = operation.groups_index, operation.num_groups(operands)
@@ -135,16 +161,26 @@ def over_automatic_axes(call: Call, operation: Operation, operands: Sequence[Any
         return " -> ".join(sides), {"need_replication_factors": tuple(others)}
 
     def partition(mesh, operands, results):
-        full, sharding = operands[of_groups].shape[:num_groups], results[0].sharding
-        spec = sharding.spec if isinstance(sharding, NamedSharding) else ()  # not on this mesh
-        groups = [*spec, *(None,) * num_groups][:num_groups]
+        full = operands[of_groups].shape[:num_groups]
+        tiles = _tiles(results[0].sharding, results[0].shape, num_groups)
+        groups = tiles.axis_names[:num_groups]
 
         def shardings(arrays):
-            return tuple(NamedSharding(mesh, s) for s in _specs(groups, full, arrays))
+            shapes = [x.shape for x in arrays]
+            return tuple(NamedSharding(tiles, spec) for spec in _specs(groups, full, shapes))
 
-        operand_shapes, result_shapes = ([x.shape for x in side] for side in (operands, results))
-        return mesh, call, shardings(result_shapes), shardings(operand_shapes)
+        return tiles, call, shardings(results), shardings(operands)
+
+    def infer(mesh, operands, results):  # where the compiler goes by GSPMD, not by the rule
+        tiles = _tiles(operands[of_groups].sharding, operands[of_groups].shape, num_groups)
+        sharding = NamedSharding(tiles, PartitionSpec(*tiles.axis_names[:num_groups]))
+        return (sharding,) * len(results)
 
     split = custom_partitioning(call)
-    split.def_partition(partition, sharding_rule=rule)
+    split.def_partition(
+        partition,
+        infer_sharding_from_operands=infer,
+        sharding_rule=rule,
+        decode_shardings=False,
+    )
     return split

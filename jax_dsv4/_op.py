@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +25,7 @@ from jax import Array
 from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jax_dsv4 import _ffi, _mesh
@@ -132,10 +134,10 @@ def call(
 
     ``options`` is a frozen dataclass: the static side of a call, which the record's functions read.
     """
-    return _bind(_Static(operation, options, implementation), *_vary_alike(operands))
+    return _bind(_Static(operation, options, implementation), *vary_alike(operands))
 
 
-def _vary_alike(operands: Sequence[Array]) -> list[Array]:
+def vary_alike(operands: Sequence[Array]) -> list[Array]:
     """Inside ``shard_map``, make every operand vary over the axes that any of them varies over."""
     varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
     axes = frozenset().union(*varying)
@@ -147,15 +149,16 @@ def _vary_alike(operands: Sequence[Array]) -> list[Array]:
 
 def _bind(static: _Static, *operands: Array) -> tuple[Array, ...]:
     operation = static.operation
-    mesh, split = _mesh.split_in_types(operation, [jax.typeof(x) for x in operands])
+    avals = [jax.typeof(x) for x in operands]
+    mesh, split = _mesh.split_in_types(operation, avals)
     partitioned = None
-    if split and not any(split) and AxisType.Manual not in mesh.axis_types:
+    if split and static.implementation != "xla" and not _mesh.types_say_all(operation, avals, mesh):
         shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands)
         partitioned = _partitioned(static, shapes, mesh)
     return tuple(_call.bind(*operands, static=static, partitioned=partitioned))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _partitioned(
     static: _Static, shapes: tuple[jax.ShapeDtypeStruct, ...], mesh: AbstractMesh
 ) -> ClosedJaxpr:
@@ -175,12 +178,23 @@ def _part_of(static: _Static) -> _mesh.Call:
 
 @_call.def_impl
 def _run_eagerly(*operands: Array, **params: Any) -> list[Array]:
-    return _jitted(tuple(params.items()))(*operands)
+    with jax.disable_jit(False):  # which would bind, and come here, again
+        return _jitted(tuple(params.items()))(*operands)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _jitted(params: tuple[tuple[str, Any], ...]) -> Callable[..., list[Array]]:
-    return jax.jit(functools.partial(_call.bind, **dict(params)))
+    def run(*operands: Array) -> list[Array]:
+        return _call.bind(*operands, **dict(params))
+
+    # For JAX's errors, of operands that are on different devices.
+    operation = dict(params)["static"].operation
+    run.__name__ = operation.name
+    names = [re.sub(r"\W+", "_", name) for name in operation.names]
+    run.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
+        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in names]
+    )
+    return jax.jit(run)
 
 
 @_call.def_abstract_eval
@@ -195,7 +209,9 @@ def _types(
     def result(shape: Sequence[int], dtype: DTypeLike) -> ShapedArray:
         spec = PartitionSpec(*split, *(None,) * (len(shape) - len(split)))
         sharding = NamedSharding(mesh, spec)
-        return of_groups.update(shape=tuple(shape), dtype=jnp.dtype(dtype), sharding=sharding)
+        return of_groups.update(
+            shape=tuple(shape), dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding
+        )
 
     others = operation.results(static.options, *_without_groups(operation, avals))
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -110,21 +111,6 @@ def _tables(block_tables: Any, batch: int) -> tuple[Array, Array]:
     return kv_tables, score_tables
 
 
-def _layer(layer: Any, num_layers: int) -> tuple[int, Array]:
-    """(index, [0]) of a layer that is known; (-1, [1]) of one that is on the device.
-
-    A Python index out of range goes to the device, too, and reaches nothing.
-    """
-    if layer is None:
-        return -1, jnp.zeros(0, jnp.int32)
-    if isinstance(layer, jax.Array):
-        return -1, _check.array("layer", layer, _check.I32).reshape(1)
-    index = _check.index("layer", layer)
-    if 0 <= index < num_layers:
-        return index, jnp.zeros(0, jnp.int32)
-    return -1, jnp.full(1, -1, jnp.int32)
-
-
 def paged_kv_compress(
     kv_score: ArrayLike | tuple[ArrayLike, ArrayLike],
     ape: ArrayLike | None,
@@ -220,7 +206,7 @@ def paged_kv_compress(
     out_dtype = _check.floating("out_dtype", out_dtype)
     kv, score = check_state(state, overlap=overlap, layers=layer is not None)
     state_dim = kv.shape[-1]
-    index, layer_operand = _layer(layer, kv.shape[0])
+    index, layer_operand = _check.layer(layer, kv.shape[0])
     options = _Options(ratio, overlap, state.format, out_dtype, index)
     new_rows = _new_rows(kv_score, state_dim)
     if implementation != "xla":
@@ -295,6 +281,22 @@ def raw_to_prefix(
         )
     kv_lens = _check.array("kv_lens", kv_lens, _check.I32, "B")
     tables = _tables(block_tables, kv_lens.shape[0])
+    _check.choice("implementation", implementation, _check.IMPLEMENTATIONS)
+    operands = _op.vary_alike((kv, score, *tables, kv_lens))
+    return _convert(*operands, ratio, overlap, implementation)
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6, 7))
+def _convert(
+    kv: Array,
+    score: Array,
+    kv_tables: Array,
+    score_tables: Array,
+    kv_lens: Array,
+    ratio: int,
+    overlap: bool,
+    implementation: str | None,
+) -> CompressorState:
     first = jnp.maximum(kv_lens // ratio - int(overlap), 0) * ratio
     positions = first[:, None] + jnp.arange((1 + overlap) * ratio - 1, dtype=jnp.int32)[None]
 
@@ -309,12 +311,12 @@ def raw_to_prefix(
         # From the start of a window, and of scores that have their bias: rows as a step's new ones.
         at = jnp.zeros(0, jnp.int32) if layer is None else layer[None]
         # A layer is still raw when its turn comes, and f32 holds bf16 exactly.
-        rows = (rows_of(prefixes.kv, tables[0], at), rows_of(prefixes.score, tables[1], at))
+        rows = (rows_of(prefixes.kv, kv_tables, at), rows_of(prefixes.score, score_tables, at))
         _, prefixes = paged_kv_compress(
             rows,
             None,
             prefixes,
-            tables,
+            (kv_tables, score_tables),
             kv_lens,
             compress_ratio=ratio,
             overlap=overlap,
@@ -326,11 +328,12 @@ def raw_to_prefix(
         return prefixes
 
     prefixes = CompressorState(kv.astype(jnp.float32), score.astype(jnp.float32), "prefix")
-    if not has_layers:
+    if kv.ndim == 3:
         return convert(None, prefixes)
     return jax.lax.fori_loop(
         0,
         kv.shape[0],
-        lambda layer, prefixes: convert(layer.astype(jnp.int32), prefixes),  # int64 in x64 mode
+        # int64 in x64 mode, Python's where JAX compiles nothing.
+        lambda layer, prefixes: convert(jnp.asarray(layer, jnp.int32), prefixes),
         prefixes,
     )

@@ -10,12 +10,13 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jax_dsv4 import _check, _op, _pytree
+from jax_dsv4 import _check, _cpu, _op, _pytree
 from jax_dsv4._formats import ROPE_DIM, RecordFormat
 from jax_dsv4._op import Operand
 from jax_dsv4.reference import records as reference
 
 RECORD_FORMATS = ("f32", "bf16", "fp8", "fp8_ds_mla", "fp8_block128", "mxfp4")
+_COMPILED = tuple(_cpu.RECORDS)  # (format, head_dim)
 _SCALES = ("f32", "power_of_two", "ue8m0")
 _ROPE_LAYOUTS = ("halves", "interleaved")
 _ROUNDINGS = (None, "once", "none", "model")
@@ -125,6 +126,11 @@ def _checked_records(records: Any, layers: bool) -> tuple[Array, RecordFormat]:
         raise TypeError(f"records: expected a RecordCache, got {type(records).__name__}")
     kind = _checked_kind(records.format, records.head_dim, records.scales, records.scale_floor)
     page_size = _check.integer("records.page_size", records.page_size, 1)
+    if hasattr(records.pool, "shape") and len(records.pool.shape) == 3 - layers:
+        raise ValueError(
+            f"layer: expected a cache {'of' if layers else 'without'} layers, got records.pool of "
+            f"shape {list(records.pool.shape)}"
+        )
     dims = ("layers",) * layers + ("num_pages", "stride")
     pool = _check.array("records.pool", records.pool, ("uint8",), *dims)
     if pool.shape[-1] % 4 or pool.shape[-1] < kind.page_bytes(page_size):
@@ -145,9 +151,27 @@ class _Options:
     rope_layout: str
     hadamard: bool
     rounding: str
+    layer: int = -1  # of the pool, where it is known when traced; -1: none, or the operand's
 
 
-def _reference(*operands: Array, **options: Any) -> tuple[Array, ...]:
+def _attributes(options: _Options, *operands: Any) -> dict[str, Any]:
+    kind = options.format
+    return {
+        "format": np.uint8(RECORD_FORMATS.index(kind.name)),
+        "page_size": options.page_size,
+        "scales": np.uint8(_SCALES.index(kind.scales)),
+        "scale_floor": kind.scale_floor,
+        "rms_norm_eps": np.float32(options.rms_norm_eps),
+        "interleaved": options.rope_layout == "interleaved",
+        "hadamard": options.hadamard,
+        "rounding": np.uint8(("none", "once", "model").index(options.rounding)),
+        "layer": options.layer,
+    }
+
+
+def _reference(*operands: Array, layer: int, **options: Any) -> tuple[Array, ...]:
+    if layer >= 0:
+        operands = (*operands[:-1], jnp.full(1, layer, jnp.int32))
     return reference.store_records(*operands, **options)
 
 
@@ -166,7 +190,7 @@ STORE = _op.Operation(
     ),
     groups="records.pool",
     results=lambda options, *operands: (),
-    attributes=lambda options, *operands: {},
+    attributes=_attributes,
     reference=_reference,
 )
 _WITH_LAYERS = STORE.with_layers()
@@ -212,7 +236,8 @@ def store_records(
         (DeepSeek's own code). Different choices give different bytes.
       layer: which layer of the cache is written: an integer, or a scalar i32 on the device. One
         that does not exist gets nothing.
-      implementation: ``None``; ``"xla"``: the jnp reference.
+      implementation: ``None``: the compiled kernel on CPU and CUDA, the jnp reference elsewhere;
+        ``"ffi"``: the compiled kernel; ``"xla"``: the jnp reference, for any D.
 
     Returns:
       The cache. Bytes that belong to no stored record are what they were.
@@ -245,8 +270,15 @@ def store_records(
         table = _check.array("cos_sin_cache", cos_sin_cache, ("float32",), "positions", ROPE_DIM)
         if table.shape[0] < 1:
             raise ValueError("cos_sin_cache: expected at least one position, got 0")
+    if implementation != "xla" and (kind.name, kind.head_dim) not in _COMPILED:
+        raise ValueError(
+            f"no compiled format {kind.name!r} for head_dim {kind.head_dim}; compiled are "
+            f"{', '.join(f'{name} {dim}' for name, dim in _COMPILED)}; "
+            'implementation="xla" serves any head_dim'
+        )
+    index, layer_operand = _check.layer(layer, pool.shape[0])
     options = _checked_options(kind, records, rms_norm_eps, rope_layout, hadamard, rounding)
-    layer_operand = _check.layer(layer)
+    options = dataclasses.replace(options, layer=index)
     operation = STORE if layer is None else _WITH_LAYERS
     (pool,) = _op.call(
         operation,
@@ -295,5 +327,7 @@ def dequantize_records(
     slots = _check.array("slots", slots, _check.I32, "N")
     if 0 in (slots.size, pool.size):
         return jnp.zeros((slots.shape[0], kind.head_dim), jnp.float32)
-    data, scales, exists = reference.read(pool, slots, _check.layer(layer), kind, records.page_size)
+    index, at = _check.layer(layer, pool.shape[0])
+    at = at if index < 0 else jnp.full(1, index, jnp.int32)
+    data, scales, exists = reference.read(pool, slots, at, kind, records.page_size)
     return jnp.where(exists[:, None], reference.decode(data, scales, kind), 0)

@@ -170,6 +170,87 @@ jax.distributed.initialize("localhost:23456", 1, 0)  # raises once a backend was
     assert result.returncode == 0, result.stderr
 
 
+def test_nothing_is_compiled_by_the_next_eager_call():
+    layers = init_state(8, 4, head_dim=128, **R4, layers=2)
+    tables, lens = np.zeros((2, 4), np.int32), np.array([4, 8], np.int32)
+    calls = (
+        lambda: call(),
+        lambda: jax.vmap(lambda rows: call(kv_score=rows))(np.ones((2, 2, 3, 512), np.float32)),
+        lambda: raw_to_prefix(layers, tables, lens, **R4),
+    )
+    events = []
+
+    def listen(event, duration, **kwargs):
+        events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for again in calls:
+            jax.block_until_ready(again())
+            events.clear()
+            jax.block_until_ready(again())
+            assert not events
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_values_are_the_same_where_jax_compiles_nothing():
+    layers = init_state(8, 4, head_dim=128, **R4, layers=2)
+    tables, lens = np.zeros((2, 4), np.int32), np.array([4, 8], np.int32)
+    want = call()[0], raw_to_prefix(layers, tables, lens, **R4).kv
+    with jax.disable_jit():
+        got = jax.jit(call)()[0], raw_to_prefix(layers, tables, lens, **R4).kv
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+# By GSPMD, JAX itself splits no axis in parts.
+@pytest.mark.parametrize(
+    ("shape", "shardy"), [((8,), True), ((2, 4), True), ((4, 4), True), ((8,), False)], ids=str
+)
+def test_groups_over_a_part_of_an_axis(shape, shardy):
+    """Requests split over an Auto axis become groups of any shape."""
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:8])
+    count = int(np.prod(shape))
+    groups = [cases.make_operands(CASE, seed).astuple() for seed in range(count)]
+    arrays = [np.stack([group[i] for group in groups]) for i in range(len(OPERAND_NAMES))]
+    step = step_of(CASE)
+    for _ in shape:
+        step = jax.vmap(step)
+
+    def program(*flat):
+        return step(*(x.reshape(*shape, *x.shape[1:]) for x in flat))
+
+    want = jax.jit(program)(*arrays)
+    before = jax.config.jax_use_shardy_partitioner
+    jax.config.update("jax_use_shardy_partitioner", shardy)
+    try:
+        placed = jax.device_put(arrays, jax.NamedSharding(mesh, jax.P("a")))
+        got = jax.jit(program)(*placed)
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", before)
+    check_results(Results(*map(np.asarray, got)), Results(*map(np.asarray, want)))
+
+
+def test_a_state_that_all_devices_share_is_converted_by_each():
+    devices = jax.devices("cpu")[:2]
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=devices)
+    state = init_state(8, 4, head_dim=128, **R4, layers=2)
+    tables, lens = np.zeros((4, 4), np.int32), np.array([4, 8, 3, 1], np.int32)
+    convert = functools.partial(raw_to_prefix, **R4)
+    split = jax.shard_map(
+        convert, mesh=mesh, in_specs=(jax.P(), jax.P("x"), jax.P("x")), out_specs=jax.P("x")
+    )
+    assert jax.jit(split)(state, tables, lens).kv.shape == (4, 8, 4, 256)
+
+
+def test_operands_on_different_devices_are_named():
+    first, second = jax.devices("cpu")[:2]
+    rows = jax.device_put(np.ones((2, 3, 512), np.float32), first)
+    state = jax.device_put(init_state(8, 4, head_dim=128, **R4), second)
+    with pytest.raises(ValueError, match="kv_score"):
+        call(kv_score=rows, state=state)
+
+
 # ----------------------------------------------------------------------------- integers and arrays
 
 
@@ -209,6 +290,8 @@ LENS = {
     "no numbers": np.array(["4", "8"]),
     "no dtype of NumPy's": types.SimpleNamespace(shape=(2,), dtype=object()),
     "no array": object(),
+    "arrays of 64 bits in a list": [np.array(2**32 + 4), np.array(8)],
+    "a masked array": np.ma.masked_array(np.array([4, 8], np.int32), [True, False]),
 }
 RECEIVERS = {
     "num_compressed": lambda lens: num_compressed(lens, **R4, next_n=1),

@@ -1,0 +1,137 @@
+"""Time of one ``store_records`` call on the GPU at hand, inside a compiled program.
+
+    python benchmarks/records.py [--out results.jsonl]
+
+Each call has values, slots and positions of its own, so that nothing it reads or writes is in the
+L2 cache: between two uses of anything at least 256 MiB are moved. The time per call is the
+difference between a program of many calls and one of a quarter of them, over the calls in between.
+Beside each: the jitted jnp reference, and the time that its bytes take at the rate of one large
+copy in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from environment import describe_environment
+
+from jax_dsv4 import init_records, store_records
+
+FORMATS = (
+    ("f32", 512, {}),
+    ("bf16", 512, {}),
+    ("fp8", 512, {}),
+    ("fp8_ds_mla", 512, {}),
+    ("fp8_block128", 128, {"hadamard": True}),
+    ("mxfp4", 128, {"hadamard": True}),
+)
+COUNTS = (1, 16, 64, 256, 8192)
+PAGE_SIZE = 64
+COLD_BYTES = 256 << 20
+
+
+def make_program(calls: int, implementation: str, options: dict):
+    def program(records, values, slots, positions, weight, table, something_else):
+        for i in range(calls):
+            records = store_records(
+                values[i],
+                slots[i],
+                positions[i],
+                records,
+                norm_weight=weight,
+                cos_sin_cache=table,
+                implementation=implementation,
+                **options,
+            )
+        return records, jnp.sum(something_else)
+
+    return jax.jit(program, donate_argnums=0)
+
+
+def measure(format: str, head_dim: int, options: dict, count: int, implementation: str) -> float:
+    """Microseconds per call, median of 5."""
+    rng = np.random.default_rng(0)
+    calls = 16 if count > 1000 or implementation == "xla" else 64
+    num_slots = max(calls * count, 1 << 14)
+    records = init_records(num_slots // PAGE_SIZE, PAGE_SIZE, head_dim=head_dim, format=format)
+    slots = rng.permutation(num_slots)[: calls * count].reshape(calls, count)
+    keys = iter(jax.random.split(jax.random.key(0), calls + 2))
+    rest = (
+        [jax.random.normal(next(keys), (count, head_dim)) for _ in range(calls)],
+        [jnp.asarray(x, jnp.int32) for x in slots],
+        [jnp.asarray(x, jnp.int32) for x in rng.integers(0, 1 << 16, (calls, count))],
+        jax.random.normal(next(keys), (head_dim,)),
+        jax.random.normal(next(keys), (1 << 16, 64)),
+        jnp.ones(COLD_BYTES // 4, jnp.float32),
+    )
+
+    def time_runs(program, runs: int) -> float:
+        nonlocal records
+        start = time.perf_counter()
+        for _ in range(runs):
+            records, total = program(records, *rest)
+        jax.block_until_ready((records, total))
+        return time.perf_counter() - start
+
+    programs = {}
+    for n in (calls, calls // 4):
+        program = make_program(n, implementation, options)
+        time_runs(program, 3)  # compiles
+        programs[program] = max(4, int(0.03 / (time_runs(program, 3) / 3)))
+    rounds = [
+        [time_runs(program, runs) / runs for program, runs in programs.items()] for _ in range(5)
+    ]
+    of_many, of_few = map(statistics.median, zip(*rounds, strict=True))
+    return 1e6 * (of_many - of_few) / (calls - calls // 4)
+
+
+def copy_rate() -> float:
+    """GB/s, read and written, of one large copy."""
+    x = jnp.ones(1 << 28, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    copy(x).block_until_ready()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(10):
+            y = copy(x)
+        y.block_until_ready()
+        times.append((time.perf_counter() - start) / 10)
+    return 2 * x.nbytes / min(times) / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--commit", help="what is measured, where this is no git checkout")
+    parser.add_argument("--out", default="/dev/null", help="append JSON lines to this file")
+    args = parser.parse_args()
+    rate = copy_rate()
+    environment = describe_environment(args.commit)
+    with open(args.out, "a") as out:
+        print(json.dumps(environment | {"copy_gb_s": round(rate)}), flush=True)
+        for format, head_dim, options in FORMATS:
+            row_bytes = init_records(1, 1, head_dim=head_dim, format=format)._kind
+            for count in COUNTS:
+                moved = count * (4 * head_dim + 256 + row_bytes.data_bytes + row_bytes.scale_bytes)
+                figures = {
+                    name: round(measure(format, head_dim, options, count, implementation), 2)
+                    for name, implementation in (("kernel", "ffi"), ("jnp", "xla"))
+                }
+                line = {
+                    "format": format,
+                    "N": count,
+                    **figures,
+                    "bytes": round(moved / rate / 1e3, 2),
+                }
+                print(json.dumps(line), flush=True)
+                out.write(json.dumps(environment | line) + "\n")
+
+
+if __name__ == "__main__":
+    main()

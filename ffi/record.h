@@ -1,0 +1,180 @@
+// A record: how it lies on a page, and its arithmetic, scalar, on host and device. All bits are
+// those of IEEE arithmetic, rounded to nearest even, whatever a thread does with denormal numbers.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+#include <cuda_fp8.h>
+#endif
+
+#include "config.h"
+#include "numeric.h"
+
+namespace jax_dsv4 {
+
+// By value of the attribute.
+enum class RecordFormat : uint8_t { kF32, kBf16, kFp8, kFp8DsMla, kFp8Block128, kMxfp4 };
+enum class Scales : uint8_t { kF32, kPowerOfTwo, kUe8m0 };  // of kFp8Block128
+enum class Rounding : uint8_t { kNone, kOnce, kModel };     // what is rounded to bf16
+inline constexpr const char* kRecordFormatNames[] = {"f32",        "bf16",         "fp8",
+                                                     "fp8_ds_mla", "fp8_block128", "mxfp4"};
+
+inline constexpr int kRopeDim = 64;  // the last channels, which are rotated
+
+// Of one record, in bytes. All data of a page come first, then all scales.
+template <RecordFormat kFormat, int kHeadDim>
+struct RecordLayout {
+  static constexpr int kData = kFormat == RecordFormat::kF32        ? 4 * kHeadDim
+                               : kFormat == RecordFormat::kBf16     ? 2 * kHeadDim
+                               : kFormat == RecordFormat::kMxfp4    ? kHeadDim / 2
+                               : kFormat == RecordFormat::kFp8DsMla ? kHeadDim + kRopeDim
+                                                                    : kHeadDim;
+  static constexpr int kScales = kFormat == RecordFormat::kFp8DsMla      ? 8
+                                 : kFormat == RecordFormat::kFp8Block128 ? kHeadDim / 128 * 4
+                                 : kFormat == RecordFormat::kMxfp4       ? kHeadDim / 32
+                                                                         : 0;
+  // Channels of a scale; none in the other formats.
+  static constexpr int kBlock = kFormat == RecordFormat::kFp8DsMla      ? 64
+                                : kFormat == RecordFormat::kFp8Block128 ? 128
+                                : kFormat == RecordFormat::kMxfp4       ? 32
+                                                                        : 0;
+};
+
+// What a compressor does with a value before it is stored.
+struct RecordOptions {
+  float rms_norm_eps;
+  bool interleaved;  // a row of the table: cosine, sine, cosine, ...; else 32 cosines, 32 sines
+  bool hadamard;
+  bool scale_floor;  // of kFp8DsMla: the scale is floored, instead of amax
+  Scales scales;
+  Rounding rounding;
+};
+
+JAX_DSV4_HD uint32_t bits_of(float x) {
+#ifdef __CUDA_ARCH__
+  return __float_as_uint(x);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+#endif
+}
+
+JAX_DSV4_HD float float_of(uint32_t bits) {
+#ifdef __CUDA_ARCH__
+  return __uint_as_float(bits);
+#else
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+#endif
+}
+
+JAX_DSV4_HD float magnitude_of(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
+JAX_DSV4_HD bool is_nan(float x) { return (bits_of(x) & 0x7fffffffu) > 0x7f800000u; }
+JAX_DSV4_HD float to_bf16_and_back(float x) { return to_f32(round_to<bf16>(x)); }
+
+JAX_DSV4_HD float exact_quotient(float x, float y) {
+#ifdef __CUDA_ARCH__
+  return __fdiv_rn(x, y);
+#else
+  return x / y;
+#endif
+}
+
+// The code of a small float: saturating, sign kept; of NaN all ones below the sign.
+template <int kMantissaBits, int kBias, int kSignBit>
+JAX_DSV4_HD uint32_t to_small_float(float x, float largest) {
+  constexpr int kDropped = 23 - kMantissaBits;
+  constexpr float kInteger = 8388608.0f;  // 2^23: what is added to it is rounded to an integer
+  const float clamped = magnitude_of(x) < largest ? magnitude_of(x) : largest;
+  const uint32_t bits = bits_of(clamped);
+  const uint32_t rounded = bits + ((1u << (kDropped - 1)) - 1) + ((bits >> kDropped) & 1);
+  const uint32_t normal = (rounded >> kDropped) - (uint32_t{127 - kBias} << kMantissaBits);
+  // Below the smallest normal number codes are multiples of the smallest number.
+  const float multiple = clamped * static_cast<float>(1 << (kBias - 1 + kMantissaBits));
+  const uint32_t subnormal = bits_of(multiple + kInteger) - bits_of(kInteger);
+  const uint32_t code = bits < (uint32_t{128 - kBias} << 23) ? subnormal : normal;
+  const uint32_t magnitude = is_nan(x) ? (1u << kSignBit) - 1 : code;
+  return magnitude | (bits_of(x) >> 31 << kSignBit);
+}
+
+inline constexpr float kMaxE4m3 = 448.0f, kMaxE2m1 = 6.0f;
+
+JAX_DSV4_HD uint32_t to_e4m3(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  return __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
+#else
+  return to_small_float<3, 7, 7>(x, kMaxE4m3);
+#endif
+}
+
+// NaN has no code: it becomes the largest number.
+JAX_DSV4_HD uint32_t to_e2m1(float x) { return to_small_float<1, 1, 3>(x, kMaxE2m1); }
+
+// Of a block so far, and one more value: NaN counts for nothing, infinity for the largest f32.
+JAX_DSV4_HD float larger_magnitude(float amax, float x) {
+  const float magnitude = magnitude_of(x) < kMaxFloat ? magnitude_of(x) : kMaxFloat;
+  return !is_nan(x) && magnitude > amax ? magnitude : amax;
+}
+
+// The biased exponent of the smallest power of two that is not below a normal number.
+JAX_DSV4_HD uint32_t exponent_above(float scale) {
+  const uint32_t bits = bits_of(scale);
+  return (bits >> 23) + ((bits & 0x7fffffu) != 0);
+}
+
+// 2^(exponent - 127), for 1 to 254.
+JAX_DSV4_HD float power_of_two(uint32_t exponent) { return float_of(exponent << 23); }
+
+// x / 2^(exponent - 127), exactly where the quotient is normal: denormal x counts on every thread.
+JAX_DSV4_HD float divide_by_power_of_two(float x, uint32_t exponent) {
+  const uint32_t bits = bits_of(x);
+  if ((bits >> 23 & 0xff) == 0) {
+    // Of its last place, 2^-149, whole multiples.
+    const float mantissa = static_cast<float>(bits & 0x7fffffu);
+    const float quotient = exponent < 105 ? mantissa * power_of_two(105 - exponent) : 0.0f;
+    return float_of(bits_of(quotient) | (bits & 0x80000000u));
+  }
+  return x * power_of_two(254 - exponent);
+}
+
+// The scale of a block whose largest magnitude is `amax`.
+struct BlockScale {
+  uint32_t exponent;  // of a power of two
+  float scale;
+  float reciprocal;
+};
+
+template <RecordFormat kFormat>
+inline constexpr bool kIsQuantized =
+    kFormat != RecordFormat::kF32 && kFormat != RecordFormat::kBf16;
+
+// What amax is at least.
+template <RecordFormat kFormat>
+JAX_DSV4_HD float least_amax(const RecordOptions& options) {
+  if (kFormat == RecordFormat::kMxfp4) return float_of(0x01c00000);  // 6 * 2^-126
+  return options.scale_floor ? 0.0f : 1e-4f;
+}
+
+template <RecordFormat kFormat>
+JAX_DSV4_HD BlockScale scale_of(float amax, const RecordOptions& options) {
+  constexpr bool kIsMxfp4 = kFormat == RecordFormat::kMxfp4;
+  constexpr uint32_t kLeastExponent = 127 - 13;
+  float scale = exact_quotient(amax, kIsMxfp4 ? kMaxE2m1 : kMaxE4m3);
+  uint32_t exponent = exponent_above(scale);
+  if (options.scale_floor && exponent < kLeastExponent) exponent = kLeastExponent;
+  if (kFormat != RecordFormat::kFp8Block128 || options.scales != Scales::kF32) {
+    return {exponent, power_of_two(exponent), power_of_two(254 - exponent)};
+  }
+  return {exponent, scale, exact_quotient(1.0f, scale)};
+}
+
+// The four bytes of a scale of kFp8Block128.
+JAX_DSV4_HD uint32_t scale_word(const BlockScale& scale, Scales scales) {
+  return scales == Scales::kUe8m0 ? scale.exponent * 0x01010101u : bits_of(scale.scale);
+}
+
+}  // namespace jax_dsv4

@@ -1,0 +1,87 @@
+// What storing records works on, once checked. Host and device; no XLA types.
+#pragma once
+
+#include <cstdint>
+
+#include "config.h"
+#include "paging.h"
+#include "record.h"
+
+namespace jax_dsv4 {
+
+template <RecordFormat format, int head_dim>
+struct Record {
+  static constexpr RecordFormat kFormat = format;
+  static constexpr int kHeadDim = head_dim;
+  using Layout = RecordLayout<format, head_dim>;
+};
+
+// What is compiled.
+using Records =
+    TypeList<Record<RecordFormat::kF32, 128>, Record<RecordFormat::kF32, 512>,
+             Record<RecordFormat::kBf16, 128>, Record<RecordFormat::kBf16, 512>,
+             Record<RecordFormat::kFp8, 128>, Record<RecordFormat::kFp8, 512>,
+             Record<RecordFormat::kFp8DsMla, 512>, Record<RecordFormat::kFp8Block128, 128>,
+             Record<RecordFormat::kFp8Block128, 512>, Record<RecordFormat::kMxfp4, 128>,
+             Record<RecordFormat::kMxfp4, 512>>;
+
+// Calls `visit` with the compiled Record of this format and head_dim; false: there is none.
+template <class Visit>
+bool visit_record(RecordFormat format, int64_t head_dim, Visit&& visit) {
+  return visit_any(Records{}, [&](auto record) {
+    if (record.kFormat != format || record.kHeadDim != head_dim) return false;
+    visit(record);
+    return true;
+  });
+}
+
+// G groups of N values each; every group has a pool of its own. An operand of shape [G or 1, ...]
+// is one per group, or one that all groups share.
+struct StoreParams {
+  const void* values;        // [G or 1, N, D]
+  const int32_t* slots;      // [G or 1, N]
+  const int32_t* positions;  // [G or 1, N]
+  const float* norm_weight;  // [G or 1, D]; null: no norm
+  const float* table;        // [G or 1, num_positions, 64]; null: no rotation
+  const int32_t* layer;      // [G or 1], or null: `pool` is at the layer already
+  uint8_t* pool;             // [G, layers, num_pages, page_bytes], updated in place
+
+  uint32_t num_groups;  // G
+  uint32_t num_values;  // N
+  uint32_t num_positions;
+  uint32_t num_layers;
+  uint32_t num_pages;  // of a layer
+  Divisor page_size;
+  int64_t page_bytes;
+  int64_t group_pages;  // of all its layers
+  bool values_are_bf16;
+
+  // From one group to the next: N, D and so on, or 0 where all groups share the operand.
+  uint32_t values_stride, slots_stride, positions_stride, weight_stride, layer_stride;
+  int64_t table_stride;
+
+  RecordOptions options;
+};
+
+// Where a value goes.
+struct RecordPlace {
+  uint8_t* page;  // null: nowhere
+  uint32_t row;
+  int32_t position;
+};
+
+JAX_DSV4_HD RecordPlace place_of(const StoreParams& p, uint32_t group, uint32_t index) {
+  const int32_t slot = p.slots[group * p.slots_stride + index];
+  const int32_t position = p.positions[group * p.positions_stride + index];
+  uint32_t layer = 0;
+  if (p.layer != nullptr) layer = p.layer[group * p.layer_stride];
+  const uint32_t page = static_cast<uint32_t>(slot) / p.page_size;
+  const bool exists = slot >= 0 && page < p.num_pages && layer < p.num_layers &&
+                      (p.table == nullptr || static_cast<uint32_t>(position) < p.num_positions);
+  if (!exists) return {nullptr, 0, 0};
+  const int64_t first = group * p.group_pages + int64_t{layer} * p.num_pages;
+  return {p.pool + (first + page) * p.page_bytes,
+          static_cast<uint32_t>(slot) - page * p.page_size.value, position};
+}
+
+}  // namespace jax_dsv4
