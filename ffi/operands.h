@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <limits>
-#include <optional>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -13,7 +12,7 @@
 #include "config.h"
 #include "xla/ffi/api/ffi.h"
 
-XLA_FFI_REGISTER_ENUM_ATTR_DECODING(::xla::ffi::DataType);
+XLA_FFI_REGISTER_ENUM_ATTR_DECODING(::jax_dsv4::DType);
 XLA_FFI_REGISTER_ENUM_ATTR_DECODING(::jax_dsv4::StateFormat);
 
 namespace jax_dsv4 {
@@ -41,28 +40,20 @@ inline int64_t product_of(const Dims& dims) {
 }
 
 inline std::string dims_text(const Dims& dims) {
-  std::ostringstream text;
-  text << '[';
-  for (size_t i = 0; i < dims.size(); ++i) text << (i ? "," : "") << dims[i];
-  text << ']';
-  return text.str();
+  std::string text;
+  for (int64_t dim : dims) text += (text.empty() ? "" : ",") + std::to_string(dim);
+  return '[' + text + ']';
 }
 
-inline ffi::DataType data_type_of(DType dtype) {
-  return dtype == DType::kBF16 ? ffi::DataType::BF16 : ffi::DataType::F32;
-}
+constexpr ffi::DataType data_type_of(DType dtype) { return static_cast<ffi::DataType>(dtype); }
+static_assert(data_type_of(DType::kBF16) == ffi::DataType::BF16 &&
+              data_type_of(DType::kF32) == ffi::DataType::F32);
 
-inline std::optional<DType> dtype_of(ffi::DataType type) {
-  if (type == ffi::DataType::BF16) return DType::kBF16;
-  if (type == ffi::DataType::F32) return DType::kF32;
-  return std::nullopt;
-}
-
-// XLA's operator<< is undefined for a value that is no DataType, which an attribute may hold.
-inline std::string dtype_text(ffi::DataType type) {
-  if (type == ffi::DataType::BF16) return "BF16";
-  if (type == ffi::DataType::F32) return "F32";
-  return "data type " + std::to_string(static_cast<int>(type));
+// An attribute may hold any number, also one that is no DType.
+inline std::string dtype_text(DType dtype) {
+  if (dtype == DType::kBF16) return "BF16";
+  if (dtype == DType::kF32) return "F32";
+  return "data type " + std::to_string(static_cast<int>(dtype));
 }
 
 inline std::string kinds_text() {
@@ -79,9 +70,9 @@ inline std::string dtypes_text() {
   std::ostringstream text;
   visit_any(DTypesList{}, [&](auto types) {
     using Types = decltype(types);
-    text << ' ' << data_type_of(kDTypeOf<typename Types::KvScore>) << '/'
-         << data_type_of(kDTypeOf<typename Types::State>) << '/'
-         << data_type_of(kDTypeOf<typename Types::Out>);
+    text << ' ' << dtype_text(kDTypeOf<typename Types::KvScore>) << '/'
+         << dtype_text(kDTypeOf<typename Types::State>) << '/'
+         << dtype_text(kDTypeOf<typename Types::Out>);
     return false;
   });
   return text.str();
