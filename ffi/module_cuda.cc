@@ -4,7 +4,4 @@
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(PagedKvCompressCuda);
 
-NB_MODULE(_cuda, m) {
-  jax_dsv4::export_ffi_version(m);
-  jax_dsv4::export_handler(m, "jax_dsv4_paged_kv_compress", &PagedKvCompressCuda);
-}
+NB_MODULE(_cuda, m) { jax_dsv4::export_handlers(m, &PagedKvCompressCuda); }
