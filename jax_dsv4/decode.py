@@ -239,12 +239,8 @@ def paged_kv_compress(
     else:
         q_lens = _check.array("q_lens", q_lens, _check.I32, batch)
     operation = DECODE if layer is None else _WITH_LAYERS
-    kv_comp, kv, score = _op.call(
-        operation,
-        options,
-        implementation,
-        *(*new_rows, ape, kv, score, *tables, kv_lens, q_lens, layer_operand),
-    )
+    operands = (*new_rows, ape, kv, score, *tables, kv_lens, q_lens, layer_operand)
+    kv_comp, kv, score = _op.call(operation, options, implementation, *operands)
     return kv_comp, CompressorState(kv, score, state.format)
 
 
@@ -307,6 +303,8 @@ def raw_to_prefix(
 
     def convert(layer: Array | None, prefixes: CompressorState) -> CompressorState:
         # From the start of a window, and of scores that have their bias: rows as a step's new ones.
+        if layer is not None:
+            layer = layer.astype(jnp.int32)  # of int64 in x64 mode
         at = jnp.zeros(0, jnp.int32) if layer is None else layer[None]
         # A layer is still raw when its turn comes, and f32 holds bf16 exactly.
         rows = (rows_of(prefixes.kv, tables[0], at), rows_of(prefixes.score, tables[1], at))
@@ -328,9 +326,4 @@ def raw_to_prefix(
     prefixes = CompressorState(kv.astype(jnp.float32), score.astype(jnp.float32), "prefix")
     if not has_layers:
         return convert(None, prefixes)
-    return jax.lax.fori_loop(
-        0,
-        kv.shape[0],
-        lambda layer, prefixes: convert(layer.astype(jnp.int32), prefixes),  # int64 in x64 mode
-        prefixes,
-    )
+    return jax.lax.fori_loop(0, kv.shape[0], convert, prefixes)
