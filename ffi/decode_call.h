@@ -48,7 +48,6 @@ struct DecodeBuffers {
   ffi::AnyBuffer kv_out;     // aliases kv
   ffi::AnyBuffer score_out;  // aliases score
 };
-inline constexpr size_t kDecodeOperands = 10, kDecodeResults = 3;
 
 // The part of a handler's binding that all platforms share; `binding` holds the platform's
 // contexts.
@@ -73,14 +72,14 @@ inline ffi::ErrorOr<DecodeCall> check_decode(ffi::RemainingArgs operands,
   // Rows are numbered in 32 bits, over all groups and layers; kNowhere is none of them, nor is a
   // row of a page that starts near it.
   constexpr int64_t kMaxRows = (int64_t{1} << 32) - 16;
-  OperandChecker check("paged_kv_compress", operands, results);
+  OperandChecker check("paged_kv_compress");
   const auto failure = [&] { return ffi::Unexpected(check.error()); };
-  if (!check.require_counts(kDecodeOperands, kDecodeResults)) return failure();
-  const auto next = [&] { return check.next_operand(); };
-  const auto next_result = [&] { return check.next_result(); };
-  // Braces evaluate from left to right.
-  const DecodeBuffers b{next(), next(), next(), next(),        next(),        next(),       next(),
-                        next(), next(), next(), next_result(), next_result(), next_result()};
+  check.require_counts(operands, 10, results, 3);
+  if (!check.ok()) return failure();
+  const auto arg = [&](size_t i) { return *operands.get<ffi::AnyBuffer>(i); };
+  const auto ret = [&](size_t i) { return **results.get<ffi::AnyBuffer>(i); };
+  const DecodeBuffers b{arg(0), arg(1), arg(2), arg(3), arg(4), arg(5), arg(6),
+                        arg(7), arg(8), arg(9), ret(0), ret(1), ret(2)};
 
   // Ranks first: all sizes are read from the operands.
   check.require_rank("kv_lens", b.kv_lens, 1, "batch");
@@ -103,23 +102,18 @@ inline ffi::ErrorOr<DecodeCall> check_decode(ffi::RemainingArgs operands,
   if (!check.ok()) return failure();
 
   // The configuration.
+  const int64_t D = b.kv_comp.dimensions().back(), R = a.compress_ratio;
   DecodeCall call;
   call.state_format = a.state_format;
   call.geometry = a.geometry;
-  call.selection = {b.kv_comp.dimensions().back(),
-                    a.compress_ratio,
-                    a.overlap,
-                    a.kv_score_dtype,
-                    a.state_dtype,
-                    a.out_dtype};
+  call.selection = {D, R, a.overlap, a.kv_score_dtype, a.state_dtype, a.out_dtype};
   int64_t num_geometries = 0;
   const bool is_compiled = visit_config(call.selection, [&](auto config) {
     num_geometries = GeometriesOf<typename decltype(config)::KindType>::List::kSize;
   });
   check.require(is_compiled,
-                "no compiled configuration for head_dim " +
-                    std::to_string(call.selection.head_dim) + ", compress_ratio " +
-                    std::to_string(a.compress_ratio) + ", overlap " +
+                "no compiled configuration for head_dim " + std::to_string(D) +
+                    ", compress_ratio " + std::to_string(R) + ", overlap " +
                     (a.overlap ? "true" : "false") + ", kv_score " + dtype_text(a.kv_score_dtype) +
                     ", state " + dtype_text(a.state_dtype) + ", kv_comp " +
                     dtype_text(a.out_dtype) + "; head_dim/compress_ratio are compiled for" +
@@ -131,12 +125,13 @@ inline ffi::ErrorOr<DecodeCall> check_decode(ffi::RemainingArgs operands,
                 "geometry: expected -1, or the index of one that is compiled");
 
   // Shapes and dtypes.
-  const int64_t S = call.selection.state_dim(), R = a.compress_ratio;
+  const int64_t S = call.selection.state_dim();
   const Dims kv_dims = dims_of(b.kv);
-  const Dims pool(kv_dims.end() - pool_rank, kv_dims.end());  // of one group
   check.set_groups({kv_dims.begin(), kv_dims.end() - pool_rank});
-  const int64_t num_layers = has_layers ? pool.front() : 1;
-  const int64_t num_pages = *(pool.end() - 3), page_size = *(pool.end() - 2);
+  Dims state_dims(kv_dims.end() - pool_rank, kv_dims.end());  // of one group
+  state_dims.back() = S;
+  const int64_t num_layers = has_layers ? state_dims.front() : 1;
+  const int64_t num_pages = *(state_dims.end() - 3), page_size = *(state_dims.end() - 2);
   const int64_t batch = b.kv_lens.dimensions().back();
   const int64_t max_pages = b.kv_tables.dimensions().back();
   const int64_t num_windows = (a.next_n + R - 1) / R;
@@ -144,8 +139,6 @@ inline ffi::ErrorOr<DecodeCall> check_decode(ffi::RemainingArgs operands,
   const bool has_q_lens = b.q_lens.dimensions().back() != 0;
   const bool is_pair = b.kv_score.dimensions().back() == S;
   const Dims rows{batch, a.next_n, is_pair ? S : 2 * S};
-  Dims state_dims = pool;
-  state_dims.back() = S;
 
   DecodeParams& p = call.params;
   const auto new_type = data_type_of(a.kv_score_dtype), state_type = data_type_of(a.state_dtype);
@@ -166,14 +159,12 @@ inline ffi::ErrorOr<DecodeCall> check_decode(ffi::RemainingArgs operands,
   p.kv_lens_stride = stride("kv_lens", b.kv_lens, {batch}, batch);
   p.q_lens_stride = stride("q_lens", b.q_lens, {has_q_lens ? batch : 0}, batch);
   p.layer_stride = stride("layer", b.layer, {has_layer_operand}, 1);
-  check.per_group("kv_comp", b.kv_comp, data_type_of(a.out_dtype),
-                  {batch, num_windows, call.selection.head_dim});
+  check.per_group("kv_comp", b.kv_comp, data_type_of(a.out_dtype), {batch, num_windows, D});
   check.per_group("state.kv result", b.kv_out, state_type, state_dims);
   check.per_group("state.score result", b.score_out, state_type, state_dims);
   check.aliases("state", b.kv, b.kv_out);
   check.aliases("state", b.score, b.score_out);
-  check.require(a.layer >= kNoLayer && (a.layer == kNoLayer || a.layer < num_layers) &&
-                    (a.layer == kNoLayer || !has_layer_operand),
+  check.require(a.layer == kNoLayer || (a.layer >= 0 && a.layer < num_layers && !has_layer_operand),
                 "layer: expected an index of one of the state's layers, in the attribute or in the "
                 "operand");
   check.require(page_size >= 1 && page_size <= kInt32Max, "page_size: expected 1 to 2^31 - 1");

@@ -78,13 +78,11 @@ inline std::string dtypes_text() {
   return text.str();
 }
 
-// Hands out a call's operands and results, one after another; then checks each, by the name that
-// errors have for it, and keeps the first thing that is wrong. *G: any number of leading group
-// dimensions.
+// Checks a call's operands and results, each by the name that errors have for it, and keeps the
+// first thing that is wrong. *G: any number of leading group dimensions.
 class OperandChecker {
  public:
-  OperandChecker(const char* operation, ffi::RemainingArgs operands, ffi::RemainingRets results)
-      : operation_(operation), operands_(operands), results_(results) {}
+  explicit OperandChecker(const char* operation) : operation_(operation) {}
 
   void require(bool condition, const std::string& text) {
     if (!condition && error_.empty()) error_ = text;
@@ -92,16 +90,13 @@ class OperandChecker {
   bool ok() const { return error_.empty(); }
   ffi::Error error() const { return ffi::Error::InvalidArgument(operation_ + ": " + error_); }
 
-  // The call must have so many of them; without that, none may be taken.
-  bool require_counts(size_t num_operands, size_t num_results) {
+  void require_counts(ffi::RemainingArgs operands, size_t num_operands, ffi::RemainingRets results,
+                      size_t num_results) {
     std::ostringstream text;
     text << "expected " << num_operands << " operands and " << num_results << " results, got "
-         << operands_.size() << " and " << results_.size();
-    require(operands_.size() == num_operands && results_.size() == num_results, text.str());
-    return ok();
+         << operands.size() << " and " << results.size();
+    require(operands.size() == num_operands && results.size() == num_results, text.str());
   }
-  ffi::AnyBuffer next_operand() { return *operands_.get<ffi::AnyBuffer>(operand_index_++); }
-  ffi::AnyBuffer next_result() { return **results_.get<ffi::AnyBuffer>(result_index_++); }
 
   // `x` must have a rank of at least that of `core`, the text of its dimensions.
   void require_rank(const char* name, ffi::AnyBuffer x, size_t rank, const char* core) {
@@ -146,9 +141,6 @@ class OperandChecker {
   }
 
   std::string operation_;
-  ffi::RemainingArgs operands_;
-  ffi::RemainingRets results_;
-  size_t operand_index_ = 0, result_index_ = 0;
   Dims groups_;
   std::string error_;
 };
