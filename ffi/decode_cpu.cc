@@ -21,14 +21,13 @@ struct Row {
 };
 
 template <class Config>
-Row<typename Config::State> find_row(const DecodeParams& p, const Request<Config>& r,
-                                     int32_t position) {
-  const auto find = [&](void* pool, const int32_t* table) -> typename Config::State* {
+auto find_row(const DecodeParams& p, const Request<Config>& r, int32_t position) {
+  using State = typename Config::State;
+  const auto find = [&](void* pool, const int32_t* table) {
     const uint32_t row = r.row_at(p.paging, look_up(p.paging, table, position));
-    if (row == kNowhere) return nullptr;
-    return static_cast<typename Config::State*>(pool) + int64_t{row} * Config::kStateDim;
+    return row == kNowhere ? nullptr : static_cast<State*>(pool) + int64_t{row} * Config::kStateDim;
   };
-  return {find(p.kv, r.kv_table), find(p.score, r.score_table)};
+  return Row<State>{find(p.kv, r.kv_table), find(p.score, r.score_table)};
 }
 
 // Stores the new tokens' rows: kv, and score plus its bias, rounded once to the state's dtype.

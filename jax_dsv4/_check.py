@@ -89,17 +89,15 @@ def array(name: str, x: Any, dtypes: Sequence[str], *shape: int | str) -> Array:
             f"{name}: expected an array of JAX or NumPy, got {type(x).__name__}: {error}"
         ) from error
     if dtype not in dtypes:
-        cast = (
-            f"; cast it yourself: {name}.astype(jnp.int32)"
-            if "int32" in dtypes and dtype in ("int64", "uint32")
-            else ""
-        )
+        cast = ""
+        if "int32" in dtypes and dtype in ("int64", "uint32"):
+            cast = f"; cast it yourself: {name}.astype(jnp.int32)"
         raise TypeError(f"{name}: expected {' or '.join(dtypes)}, got {dtype}{cast}")
     fits = len(given.shape) == len(shape) and all(
         isinstance(want, str) or got == want for got, want in zip(given.shape, shape, strict=True)
     )
     if not fits:
-        wanted = ", ".join(str(want) for want in shape)
+        wanted = ", ".join(map(str, shape))
         raise ValueError(f"{name}: expected shape [{wanted}], got {list(given.shape)}")
     checked = jnp.asarray(given)
     space = jax.typeof(checked).memory_space
