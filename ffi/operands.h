@@ -56,28 +56,6 @@ inline std::string dtype_text(DType dtype) {
   return "data type " + std::to_string(static_cast<int>(dtype));
 }
 
-inline std::string kinds_text() {
-  std::ostringstream text;
-  visit_any(Kinds{}, [&](auto kind) {
-    using K = decltype(kind);
-    text << ' ' << K::kHeadDim << '/' << K::kRatio << (K::kOverlap ? " overlapping" : " disjoint");
-    return false;
-  });
-  return text.str();
-}
-
-inline std::string dtypes_text() {
-  std::ostringstream text;
-  visit_any(DTypesList{}, [&](auto types) {
-    using Types = decltype(types);
-    text << ' ' << dtype_text(kDTypeOf<typename Types::KvScore>) << '/'
-         << dtype_text(kDTypeOf<typename Types::State>) << '/'
-         << dtype_text(kDTypeOf<typename Types::Out>);
-    return false;
-  });
-  return text.str();
-}
-
 // Checks a call's operands and results, each by the name that errors have for it, and keeps the
 // first thing that is wrong. *G: any number of leading group dimensions.
 class OperandChecker {
