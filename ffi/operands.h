@@ -89,8 +89,7 @@ class OperandChecker {
   // `x` must be dtype[*G, *core].
   void per_group(const char* name, ffi::AnyBuffer x, ffi::DataType dtype, const Dims& core) {
     const Dims want = concatenate(groups_, core);
-    require(x.element_type() == dtype && dims_of(x) == want,
-            text_of(name, x, dtype, dims_text(want)));
+    require_type(name, x, dtype, dims_of(x) == want, dims_text(want));
   }
 
   // `x` must be dtype[*G, *core], or dtype[*1, *core] shared by the groups. Returns which.
@@ -98,8 +97,8 @@ class OperandChecker {
     const Dims want = concatenate(groups_, core);
     const Dims shared = concatenate(Dims(groups_.size(), 1), core);
     const bool is_per_group = dims_of(x) == want;
-    require(x.element_type() == dtype && (is_per_group || dims_of(x) == shared),
-            text_of(name, x, dtype, dims_text(want) + " or " + dims_text(shared)));
+    require_type(name, x, dtype, is_per_group || dims_of(x) == shared,
+                 dims_text(want) + " or " + dims_text(shared));
     return is_per_group;
   }
 
@@ -110,12 +109,12 @@ class OperandChecker {
   }
 
  private:
-  static std::string text_of(const char* name, ffi::AnyBuffer x, ffi::DataType dtype,
-                             const std::string& want) {
+  void require_type(const char* name, ffi::AnyBuffer x, ffi::DataType dtype, bool has_dims,
+                    const std::string& want) {
     std::ostringstream text;
     text << name << ": expected " << dtype << want << ", got " << x.element_type()
          << dims_text(dims_of(x));
-    return text.str();
+    require(has_dims && x.element_type() == dtype, text.str());
   }
 
   std::string operation_;
