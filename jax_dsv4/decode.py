@@ -302,9 +302,9 @@ def raw_to_prefix(
         return rows.astype(jnp.float32)
 
     def convert(layer: Array | None, prefixes: CompressorState) -> CompressorState:
-        # From the start of a window, and of scores that have their bias: rows as a step's new ones.
         if layer is not None:
             layer = layer.astype(jnp.int32)  # of int64 in x64 mode
+        # From the start of a window, and of scores that have their bias: rows as a step's new ones.
         at = jnp.zeros(0, jnp.int32) if layer is None else layer[None]
         # A layer is still raw when its turn comes, and f32 holds bf16 exactly.
         rows = (rows_of(prefixes.kv, tables[0], at), rows_of(prefixes.score, tables[1], at))
