@@ -14,7 +14,9 @@
 namespace jax_dsv4 {
 
 template <class... Ts>
-struct TypeList {};
+struct TypeList {
+  static constexpr int64_t kSize = sizeof...(Ts);
+};
 
 // Element types. bf16 holds bits only; its conversions are in numeric.h.
 struct bf16 {
@@ -22,7 +24,7 @@ struct bf16 {
 };
 using f32 = float;
 
-enum class DType : uint8_t { kBF16, kF32 };
+enum class DType : uint8_t { kF32 = 11, kBF16 = 16 };  // XLA's numbers (operands.h)
 template <class Element>
 inline constexpr DType kDTypeOf = DType::kF32;
 template <>
@@ -94,11 +96,6 @@ bool visit_any(TypeList<Items...>, Visit&& visit) {
   return (visit(Items{}) || ...);
 }
 
-template <class... Ts>
-constexpr int64_t count_of(TypeList<Ts...>) {
-  return sizeof...(Ts);
-}
-
 // A configuration named at run time.
 struct Selection {
   int64_t head_dim;
@@ -123,13 +120,11 @@ bool visit_config(const Selection& selection, Visit&& visit) {
   return visit_any(Kinds{}, [&](auto kind) {
     return selection.is_of(kind) && visit_any(DTypesList{}, [&](auto types) {
              using Types = decltype(types);
-             if (kDTypeOf<typename Types::KvScore> != selection.kv_score ||
-                 kDTypeOf<typename Types::State> != selection.state ||
-                 kDTypeOf<typename Types::Out> != selection.out) {
-               return false;
-             }
-             visit(Config<decltype(kind), Types>{});
-             return true;
+             const bool is_selected = kDTypeOf<typename Types::KvScore> == selection.kv_score &&
+                                      kDTypeOf<typename Types::State> == selection.state &&
+                                      kDTypeOf<typename Types::Out> == selection.out;
+             if (is_selected) visit(Config<decltype(kind), Types>{});
+             return is_selected;
            });
   });
 }

@@ -103,10 +103,6 @@ struct Request {
                ? pool_row + entry.page * paging.page_size.value + entry.slot
                : kNowhere;
   }
-  JAX_DSV4_HD uint32_t find_row(const Paging& paging, const int32_t* table,
-                                int32_t position) const {
-    return row_at(paging, look_up(paging, table, position));
-  }
 };
 
 template <class Config>

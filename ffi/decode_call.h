@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <iterator>
 #include <limits>
+#include <sstream>
 #include <string>
 
 #include "config.h"
@@ -21,14 +22,13 @@ struct DecodeAttributes {
   bool overlap;
   int64_t next_n;
   int64_t layer;  // of the state, known when compiled; kNoLayer: see the operand `layer`
-  ffi::DataType kv_score_dtype;
+  DType kv_score_dtype;
   StateFormat state_format;
-  ffi::DataType state_dtype;
-  ffi::DataType out_dtype;
+  DType state_dtype;
+  DType out_dtype;
   int64_t geometry;  // index into GeometriesOf<Kind>::List; kAutoGeometry: ours to choose
 };
-inline constexpr int64_t kNoLayer = -1;
-inline constexpr int64_t kAutoGeometry = -1;
+inline constexpr int64_t kNoLayer = -1, kAutoGeometry = -1;
 
 // In the order of the call. *G: any number of leading group dimensions; a read-only operand has
 // either the state's, or all ones where the groups share it. `layers` is there if the call names a
@@ -49,7 +49,6 @@ struct DecodeBuffers {
   ffi::AnyBuffer kv_out;     // aliases kv
   ffi::AnyBuffer score_out;  // aliases score
 };
-inline constexpr size_t kDecodeOperands = 10, kDecodeResults = 3;
 
 // The part of a handler's binding that all platforms share; `binding` holds the platform's
 // contexts.
@@ -67,6 +66,28 @@ struct DecodeCall {
   DecodeParams params;
 };
 
+inline std::string not_compiled_text(const Selection& s) {
+  std::ostringstream text;
+  text << "no compiled configuration for head_dim " << s.head_dim << ", compress_ratio "
+       << s.compress_ratio << ", overlap " << (s.overlap ? "true" : "false") << ", kv_score "
+       << dtype_text(s.kv_score) << ", state " << dtype_text(s.state) << ", kv_comp "
+       << dtype_text(s.out) << "; head_dim/compress_ratio are compiled for";
+  visit_any(Kinds{}, [&](auto kind) {
+    using K = decltype(kind);
+    text << ' ' << K::kHeadDim << '/' << K::kRatio << (K::kOverlap ? " overlapping" : " disjoint");
+    return false;
+  });
+  text << ", kv_score/state/kv_comp for";
+  visit_any(DTypesList{}, [&](auto types) {
+    using Types = decltype(types);
+    text << ' ' << dtype_text(kDTypeOf<typename Types::KvScore>) << '/'
+         << dtype_text(kDTypeOf<typename Types::State>) << '/'
+         << dtype_text(kDTypeOf<typename Types::Out>);
+    return false;
+  });
+  return text.str();
+}
+
 inline ffi::ErrorOr<DecodeCall> check_decode(ffi::RemainingArgs operands,
                                              ffi::RemainingRets results,
                                              const DecodeAttributes& a) {
@@ -74,15 +95,14 @@ inline ffi::ErrorOr<DecodeCall> check_decode(ffi::RemainingArgs operands,
   // Rows are numbered in 32 bits, over all groups and layers; kNowhere is none of them, nor is a
   // row of a page that starts near it.
   constexpr int64_t kMaxRows = (int64_t{1} << 32) - 16;
-  constexpr auto kI32 = ffi::DataType::S32;
-  OperandChecker check("paged_kv_compress", operands, results);
+  OperandChecker check("paged_kv_compress");
   const auto failure = [&] { return ffi::Unexpected(check.error()); };
-  if (!check.require_counts(kDecodeOperands, kDecodeResults)) return failure();
-  const auto next = [&] { return check.next_operand(); };
-  const auto next_result = [&] { return check.next_result(); };
-  // Braces evaluate from left to right.
-  const DecodeBuffers b{next(), next(), next(), next(),        next(),        next(),       next(),
-                        next(), next(), next(), next_result(), next_result(), next_result()};
+  check.require_counts(operands, 10, results, 3);
+  if (!check.ok()) return failure();
+  const auto arg = [&](size_t i) { return *operands.get<ffi::AnyBuffer>(i); };
+  const auto ret = [&](size_t i) { return **results.get<ffi::AnyBuffer>(i); };
+  const DecodeBuffers b{arg(0), arg(1), arg(2), arg(3), arg(4), arg(5), arg(6),
+                        arg(7), arg(8), arg(9), ret(0), ret(1), ret(2)};
 
   // Ranks first: all sizes are read from the operands.
   check.require_rank("kv_lens", b.kv_lens, 1, "batch");
@@ -105,46 +125,32 @@ inline ffi::ErrorOr<DecodeCall> check_decode(ffi::RemainingArgs operands,
   if (!check.ok()) return failure();
 
   // The configuration.
-  const auto kv_score = dtype_of(a.kv_score_dtype), state = dtype_of(a.state_dtype),
-             out = dtype_of(a.out_dtype);
+  const int64_t D = b.kv_comp.dimensions().back(), R = a.compress_ratio;
   DecodeCall call;
   call.state_format = a.state_format;
   call.geometry = a.geometry;
-  call.selection = {b.kv_comp.dimensions().back(),
-                    a.compress_ratio,
-                    a.overlap,
-                    kv_score.value_or(DType::kF32),
-                    state.value_or(DType::kF32),
-                    out.value_or(DType::kF32)};
+  call.selection = {D, R, a.overlap, a.kv_score_dtype, a.state_dtype, a.out_dtype};
   int64_t num_geometries = 0;
-  const bool is_compiled =
-      kv_score && state && out && visit_config(call.selection, [&](auto config) {
-        num_geometries =
-            count_of(typename GeometriesOf<typename decltype(config)::KindType>::List{});
-      });
-  check.require(is_compiled,
-                "no compiled configuration for head_dim " +
-                    std::to_string(call.selection.head_dim) + ", compress_ratio " +
-                    std::to_string(a.compress_ratio) + ", overlap " +
-                    (a.overlap ? "true" : "false") + ", kv_score " + dtype_text(a.kv_score_dtype) +
-                    ", state " + dtype_text(a.state_dtype) + ", kv_comp " +
-                    dtype_text(a.out_dtype) + "; head_dim/compress_ratio are compiled for" +
-                    kinds_text() + ", kv_score/state/kv_comp for" + dtypes_text());
-  if (!check.ok()) return failure();
-  check.require(may_hold(*state, a.state_format),
-                "state_dtype: expected F32 in this state_format, "
-                "got " +
-                    dtype_text(a.state_dtype));
+  const bool is_compiled = visit_config(call.selection, [&](auto config) {
+    num_geometries = GeometriesOf<typename decltype(config)::KindType>::List::kSize;
+  });
+  if (!is_compiled) {
+    check.require(false, not_compiled_text(call.selection));
+    return failure();
+  }
+  check.require(may_hold(a.state_dtype, a.state_format),
+                "state_dtype: expected F32 in this state_format, got " + dtype_text(a.state_dtype));
   check.require(a.geometry >= kAutoGeometry && a.geometry < num_geometries,
                 "geometry: expected -1, or the index of one that is compiled");
 
   // Shapes and dtypes.
-  const int64_t S = call.selection.state_dim(), R = a.compress_ratio;
+  const int64_t S = call.selection.state_dim();
   const Dims kv_dims = dims_of(b.kv);
-  const Dims pool(kv_dims.end() - pool_rank, kv_dims.end());  // of one group
   check.set_groups({kv_dims.begin(), kv_dims.end() - pool_rank});
-  const int64_t num_layers = has_layers ? pool.front() : 1;
-  const int64_t num_pages = *(pool.end() - 3), page_size = *(pool.end() - 2);
+  Dims state_dims(kv_dims.end() - pool_rank, kv_dims.end());  // of one group
+  state_dims.back() = S;
+  const int64_t num_layers = has_layers ? state_dims.front() : 1;
+  const int64_t num_pages = *(state_dims.end() - 3), page_size = *(state_dims.end() - 2);
   const int64_t batch = b.kv_lens.dimensions().back();
   const int64_t max_pages = b.kv_tables.dimensions().back();
   const int64_t num_windows = (a.next_n + R - 1) / R;
@@ -152,38 +158,32 @@ inline ffi::ErrorOr<DecodeCall> check_decode(ffi::RemainingArgs operands,
   const bool has_q_lens = b.q_lens.dimensions().back() != 0;
   const bool is_pair = b.kv_score.dimensions().back() == S;
   const Dims rows{batch, a.next_n, is_pair ? S : 2 * S};
-  Dims state_dims = pool;
-  state_dims.back() = S;
 
   DecodeParams& p = call.params;
-  const auto stride = [](bool is_per_group, int64_t size) {
-    return is_per_group ? static_cast<uint32_t>(size) : 0;
+  const auto new_type = data_type_of(a.kv_score_dtype), state_type = data_type_of(a.state_dtype);
+  const auto stride = [&](const char* name, ffi::AnyBuffer x, const Dims& core, int64_t size) {
+    return check.maybe_shared(name, x, ffi::DataType::S32, core) ? static_cast<uint32_t>(size) : 0;
   };
-  check.per_group("state.kv", b.kv, a.state_dtype, state_dims);
-  check.per_group("state.score", b.score, a.state_dtype, state_dims);
-  const bool per_group = check.maybe_shared("kv_score", b.kv_score, a.kv_score_dtype, rows);
-  const bool score_per_group = check.maybe_shared("kv_score[1]", b.new_score, a.kv_score_dtype,
-                                                  is_pair ? rows : Dims{0, 0, 0});
+  check.per_group("state.kv", b.kv, state_type, state_dims);
+  check.per_group("state.score", b.score, state_type, state_dims);
+  const bool per_group = check.maybe_shared("kv_score", b.kv_score, new_type, rows);
+  const bool score_per_group =
+      check.maybe_shared("kv_score[1]", b.new_score, new_type, is_pair ? rows : Dims{0, 0, 0});
   check.require(!is_pair || per_group == score_per_group,
                 "kv_score[1]: expected the group dimensions of kv_score");
-  p.kv_score_stride = stride(per_group, batch);
-  p.ape_stride =
-      stride(check.maybe_shared("ape", b.ape, ffi::DataType::F32, {has_ape ? R : 0, S}), 1);
-  p.kv_tables_stride =
-      stride(check.maybe_shared("kv_tables", b.kv_tables, kI32, {batch, max_pages}), batch);
-  p.score_tables_stride =
-      stride(check.maybe_shared("score_tables", b.score_tables, kI32, {batch, max_pages}), batch);
-  p.kv_lens_stride = stride(check.maybe_shared("kv_lens", b.kv_lens, kI32, {batch}), batch);
-  p.q_lens_stride =
-      stride(check.maybe_shared("q_lens", b.q_lens, kI32, {has_q_lens ? batch : 0}), batch);
-  p.layer_stride = stride(check.maybe_shared("layer", b.layer, kI32, {has_layer_operand}), 1);
-  check.per_group("kv_comp", b.kv_comp, a.out_dtype, {batch, num_windows, call.selection.head_dim});
-  check.per_group("state.kv result", b.kv_out, a.state_dtype, state_dims);
-  check.per_group("state.score result", b.score_out, a.state_dtype, state_dims);
+  p.kv_score_stride = per_group ? static_cast<uint32_t>(batch) : 0;
+  p.ape_stride = check.maybe_shared("ape", b.ape, ffi::DataType::F32, {has_ape ? R : 0, S});
+  p.kv_tables_stride = stride("kv_tables", b.kv_tables, {batch, max_pages}, batch);
+  p.score_tables_stride = stride("score_tables", b.score_tables, {batch, max_pages}, batch);
+  p.kv_lens_stride = stride("kv_lens", b.kv_lens, {batch}, batch);
+  p.q_lens_stride = stride("q_lens", b.q_lens, {has_q_lens ? batch : 0}, batch);
+  p.layer_stride = stride("layer", b.layer, {has_layer_operand}, 1);
+  check.per_group("kv_comp", b.kv_comp, data_type_of(a.out_dtype), {batch, num_windows, D});
+  check.per_group("state.kv result", b.kv_out, state_type, state_dims);
+  check.per_group("state.score result", b.score_out, state_type, state_dims);
   check.aliases("state", b.kv, b.kv_out);
   check.aliases("state", b.score, b.score_out);
-  check.require(a.layer >= kNoLayer && (a.layer == kNoLayer || a.layer < num_layers) &&
-                    (a.layer == kNoLayer || !has_layer_operand),
+  check.require(a.layer == kNoLayer || (a.layer >= 0 && a.layer < num_layers && !has_layer_operand),
                 "layer: expected an index of one of the state's layers, in the attribute or in the "
                 "operand");
   check.require(page_size >= 1 && page_size <= kInt32Max, "page_size: expected 1 to 2^31 - 1");
@@ -196,7 +196,7 @@ inline ffi::ErrorOr<DecodeCall> check_decode(ffi::RemainingArgs operands,
   if (!check.ok()) return failure();
 
   const int64_t first_byte =
-      std::max<int64_t>(a.layer, 0) * num_pages * page_size * S * size_of(*state);
+      std::max<int64_t>(a.layer, 0) * num_pages * page_size * S * size_of(a.state_dtype);
   call.empty = groups * batch == 0;
   p.kv = static_cast<char*>(b.kv.untyped_data()) + first_byte;
   p.score = static_cast<char*>(b.score.untyped_data()) + first_byte;
@@ -206,7 +206,7 @@ inline ffi::ErrorOr<DecodeCall> check_decode(ffi::RemainingArgs operands,
   if (is_pair) {
     p.score_offset = (reinterpret_cast<intptr_t>(b.new_score.untyped_data()) -
                       reinterpret_cast<intptr_t>(p.kv_score)) /
-                     size_of(*kv_score);
+                     size_of(a.kv_score_dtype);
   }
   p.ape = has_ape ? static_cast<const float*>(b.ape.untyped_data()) : nullptr;
   p.kv_tables = static_cast<const int32_t*>(b.kv_tables.untyped_data());
@@ -222,9 +222,9 @@ inline ffi::ErrorOr<DecodeCall> check_decode(ffi::RemainingArgs operands,
   p.num_layers = static_cast<uint32_t>(num_layers);
   p.rows_per_layer = static_cast<uint32_t>(num_pages * page_size);
   p.rows_per_group = static_cast<uint32_t>(num_layers * num_pages * page_size);
-  p.paging.page_size = Divisor(static_cast<uint32_t>(page_size));
-  p.paging.num_pages = static_cast<uint32_t>(std::min(num_pages, kInt32Max + 1));
-  p.paging.max_pages = static_cast<uint32_t>(max_pages);
+  p.paging = {static_cast<uint32_t>(max_pages),
+              static_cast<uint32_t>(std::min(num_pages, kInt32Max + 1)),
+              Divisor(static_cast<uint32_t>(page_size))};
   return call;
 }
 
@@ -234,8 +234,8 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     ::jax_dsv4::DecodeAttributes, ::xla::ffi::StructMember<int64_t>("compress_ratio"),
     ::xla::ffi::StructMember<bool>("overlap"), ::xla::ffi::StructMember<int64_t>("next_n"),
     ::xla::ffi::StructMember<int64_t>("layer"),
-    ::xla::ffi::StructMember<::xla::ffi::DataType>("kv_score_dtype"),
+    ::xla::ffi::StructMember<::jax_dsv4::DType>("kv_score_dtype"),
     ::xla::ffi::StructMember<::jax_dsv4::StateFormat>("state_format"),
-    ::xla::ffi::StructMember<::xla::ffi::DataType>("state_dtype"),
-    ::xla::ffi::StructMember<::xla::ffi::DataType>("out_dtype"),
+    ::xla::ffi::StructMember<::jax_dsv4::DType>("state_dtype"),
+    ::xla::ffi::StructMember<::jax_dsv4::DType>("out_dtype"),
     ::xla::ffi::StructMember<int64_t>("geometry"));

@@ -15,6 +15,22 @@
 namespace jax_dsv4 {
 namespace {
 
+template <class State>
+struct Row {
+  State* kv;     // [S]; null: nowhere
+  State* score;  // [S]; null: nowhere
+};
+
+template <class Config>
+auto find_row(const DecodeParams& p, const Request<Config>& r, int32_t position) {
+  using State = typename Config::State;
+  const auto find = [&](void* pool, const int32_t* table) {
+    const uint32_t row = r.row_at(p.paging, look_up(p.paging, table, position));
+    return row == kNowhere ? nullptr : static_cast<State*>(pool) + int64_t{row} * Config::kStateDim;
+  };
+  return Row<State>{find(p.kv, r.kv_table), find(p.score, r.score_table)};
+}
+
 // Stores the new tokens' rows: kv, and score plus its bias, rounded once to the state's dtype.
 template <class Config>
 void write_rows(const DecodeParams& p, const Request<Config>& r) {
@@ -25,17 +41,14 @@ void write_rows(const DecodeParams& p, const Request<Config>& r) {
     const auto* kv_in = r.kv_score + int64_t{t} * p.row_size;
     const auto* score_in = scores_of<Config>(p, kv_in);
     const float* ape = r.ape == nullptr ? nullptr : r.ape + (position % Config::kRatio) * S;
-    const uint32_t kv_row = r.find_row(p.paging, r.kv_table, position);
-    const uint32_t score_row = r.find_row(p.paging, r.score_table, position);
-    if (kv_row != kNowhere) {
-      State* out = static_cast<State*>(p.kv) + int64_t{kv_row} * S;
-      for (int c = 0; c < S; ++c) out[c] = round_to<State>(to_f32(kv_in[c]));
+    const auto [kv, score] = find_row(p, r, position);
+    if (kv != nullptr) {
+      for (int c = 0; c < S; ++c) kv[c] = round_to<State>(to_f32(kv_in[c]));
     }
-    if (score_row != kNowhere) {
-      State* out = static_cast<State*>(p.score) + int64_t{score_row} * S;
+    if (score != nullptr) {
       for (int c = 0; c < S; ++c) {
-        const float score = to_f32(score_in[c]);
-        out[c] = round_to<State>(ape == nullptr ? score : score + ape[c]);  // adding 0 loses -0
+        const float raw = to_f32(score_in[c]);
+        score[c] = round_to<State>(ape == nullptr ? raw : raw + ape[c]);  // adding 0 loses -0
       }
     }
   }
@@ -47,23 +60,17 @@ void reduce_window(const DecodeParams& p, const Request<Config>& r, int32_t wind
                    typename Config::Out* out) {
   using State = typename Config::State;
   using Out = typename Config::Out;
-  constexpr int D = Config::kHeadDim, S = Config::kStateDim;
-  struct Row {
-    const State* kv;     // [D]
-    const State* score;  // [D]
-  };
-  Row rows[Config::kReducedRows];
+  constexpr int D = Config::kHeadDim;
+  Row<const State> rows[Config::kReducedRows];  // the window's columns of each
   int num_rows = 0;
   const int32_t end = (window + 1) * Config::kRatio;  // at most kv_len: no overflow
   for (int i = 0; i < Config::kReducedRows; ++i) {
     const int32_t position = end - Config::kReducedRows + i;
     if (position < 0) continue;  // the window before the first one
-    const uint32_t kv_row = r.find_row(p.paging, r.kv_table, position);
-    const uint32_t score_row = r.find_row(p.paging, r.score_table, position);
-    if (kv_row == kNowhere || score_row == kNowhere) continue;
+    const auto [kv, score] = find_row(p, r, position);
+    if (kv == nullptr || score == nullptr) continue;
     const int column = Config::kOverlap && i >= Config::kRatio ? D : 0;
-    rows[num_rows++] = {static_cast<const State*>(p.kv) + int64_t{kv_row} * S + column,
-                        static_cast<const State*>(p.score) + int64_t{score_row} * S + column};
+    rows[num_rows++] = {kv + column, score + column};
   }
   float max[D], sum[D] = {}, weighted[D] = {};
   std::fill(max, max + D, kNegInf);
@@ -98,29 +105,14 @@ void decode_raw(const DecodeParams& p, int64_t index) {
   }
 }
 
-// Some channels of a row of prefixes.
-template <int kChannels>
-struct PrefixRow {
-  float lse[kChannels];
-  float mean[kChannels];
-
-  void clear() {
-    std::fill(lse, lse + kChannels, Prefix{}.lse);
-    std::fill(mean, mean + kChannels, Prefix{}.mean);
-  }
-};
-
 // Reads the first kChannels of the row at `position` of a state of prefixes; a row that is nowhere
 // holds none.
 template <class Config, int kChannels>
 void read_row(const DecodeParams& p, const Request<Config>& r, int32_t position,
-              PrefixRow<kChannels>& out) {
-  constexpr int S = Config::kStateDim;
-  const uint32_t kv_row = r.find_row(p.paging, r.kv_table, position);
-  const uint32_t score_row = r.find_row(p.paging, r.score_table, position);
-  if (kv_row == kNowhere || score_row == kNowhere) return out.clear();
-  std::copy_n(static_cast<const float*>(p.score) + int64_t{score_row} * S, kChannels, out.lse);
-  std::copy_n(static_cast<const float*>(p.kv) + int64_t{kv_row} * S, kChannels, out.mean);
+              Prefix (&out)[kChannels]) {
+  const auto [kv, score] = find_row(p, r, position);
+  if (kv == nullptr || score == nullptr) return;
+  for (int c = 0; c < kChannels; ++c) out[c] = {score[c], kv[c]};
 }
 
 // One token at a time: merges it into the prefix of its window, stores that, and emits the value of
@@ -131,12 +123,9 @@ void decode_prefix(const DecodeParams& p, int64_t index) {
   constexpr int D = Config::kHeadDim, R = Config::kRatio, S = Config::kStateDim;
   const auto r = request_at<Config>(p, index / p.batch, index % p.batch);
   constexpr int kOwn = S - D;  // the first channel that a window contributes to its own value
-  auto* kv_out = static_cast<float*>(p.kv);
-  auto* score_out = static_cast<float*>(p.score);
   Out* out = static_cast<Out*>(p.kv_comp) + index * p.num_windows * D;
-  PrefixRow<S> open;    // of the window that the last token is in
-  PrefixRow<D> before;  // the first half of the window before it, where windows overlap
-  before.clear();
+  Prefix open[S];    // of the window that the last token is in
+  Prefix before[D];  // the first half of the window before it, where windows overlap
 
   const int first = std::max(0, -r.first_position);  // row of kv_score
   const int32_t start = r.first_position + first;    // its position
@@ -146,32 +135,29 @@ void decode_prefix(const DecodeParams& p, int64_t index) {
   for (int t = first; t < r.num_new; ++t) {
     const int32_t position = r.first_position + t;
     if (position % R == 0) {
-      if (Config::kOverlap && t > first) {
-        std::copy_n(open.lse, D, before.lse);
-        std::copy_n(open.mean, D, before.mean);
-      }
-      open.clear();
+      if (Config::kOverlap && t > first) std::copy_n(open, D, before);
+      std::fill(open, open + S, Prefix{});
     }
-    const uint32_t kv_row = r.find_row(p.paging, r.kv_table, position);
-    const uint32_t score_row = r.find_row(p.paging, r.score_table, position);
-    if (kv_row != kNowhere && score_row != kNowhere) {
-      const auto* kv = r.kv_score + int64_t{t} * p.row_size;
-      const auto* score = scores_of<Config>(p, kv);
+    const auto [kv, score] = find_row(p, r, position);
+    if (kv != nullptr && score != nullptr) {
+      const auto* kv_in = r.kv_score + int64_t{t} * p.row_size;
+      const auto* score_in = scores_of<Config>(p, kv_in);
       const float* ape = r.ape == nullptr ? nullptr : r.ape + (position % R) * S;
       for (int c = 0; c < S; ++c) {
-        const float biased = to_f32(score[c]) + (ape == nullptr ? 0.0f : ape[c]);
-        const Prefix merged = merge({open.lse[c], open.mean[c]}, {biased, to_f32(kv[c])});
-        open.lse[c] = merged.lse;
-        open.mean[c] = merged.mean;
+        const float biased = to_f32(score_in[c]) + (ape == nullptr ? 0.0f : ape[c]);
+        open[c] = merge(open[c], {biased, to_f32(kv_in[c])});
       }
     }
-    if (kv_row != kNowhere) std::copy_n(open.mean, S, kv_out + int64_t{kv_row} * S);
-    if (score_row != kNowhere) std::copy_n(open.lse, S, score_out + int64_t{score_row} * S);
+    if (kv != nullptr) {
+      for (int c = 0; c < S; ++c) kv[c] = open[c].mean;
+    }
+    if (score != nullptr) {
+      for (int c = 0; c < S; ++c) score[c] = open[c].lse;
+    }
     if (position % R != R - 1) continue;
     for (int d = 0; d < D; ++d) {
-      const Prefix own{open.lse[kOwn + d], open.mean[kOwn + d]};
-      const Prefix value = Config::kOverlap ? merge({before.lse[d], before.mean[d]}, own) : own;
-      *out++ = round_to<Out>(value_of(value));
+      const Prefix own = open[kOwn + d];
+      *out++ = round_to<Out>(value_of(Config::kOverlap ? merge(before[d], own) : own));
     }
   }
   std::fill(out, static_cast<Out*>(p.kv_comp) + (index + 1) * p.num_windows * D,

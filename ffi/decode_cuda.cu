@@ -15,8 +15,6 @@
 namespace jax_dsv4 {
 namespace {
 
-bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 ffi::Error decode(cudaStream_t stream, ffi::RemainingArgs operands, ffi::RemainingRets results,
                   const DecodeAttributes& attributes) {
   const ffi::ErrorOr<DecodeCall> call = check_decode(operands, results, attributes);
@@ -25,7 +23,7 @@ ffi::Error decode(cudaStream_t stream, ffi::RemainingArgs operands, ffi::Remaini
   const DecodeParams& p = call->params;
   const void* const vectors[] = {p.kv, p.score, p.kv_score, p.ape, p.kv_comp};
   bool aligned = p.score_offset * size_of(call->selection.kv_score) % 16 == 0;
-  for (const void* pointer : vectors) aligned &= is_aligned(pointer);
+  for (const void* pointer : vectors) aligned &= reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
   if (!aligned) {
     return ffi::Error::InvalidArgument("operands: expected 16-byte aligned buffers");
   }

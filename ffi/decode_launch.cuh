@@ -13,48 +13,35 @@
 
 namespace jax_dsv4 {
 
-inline constexpr const char* kTooLarge =
-    "batch, next_n: too many requests, rows or groups for one launch";
-
-// Whether every lane's rows are on one page.
-template <class Config, class Geometry>
-bool fits_pages(const DecodeParams& p) {
-  return p.paging.page_size.value % Tile<Config, Geometry>::kRowsPerLane == 0;
-}
-
 // Whether the last geometry fits every page size, so that there is always a choice.
-template <class Config, class First, class... Rest>
-constexpr bool ends_with_any_page(TypeList<First, Rest...>) {
-  if constexpr (sizeof...(Rest) > 0) {
-    return ends_with_any_page<Config>(TypeList<Rest...>{});
-  } else {
-    return Tile<Config, First>::kRowsPerLane == 1;
-  }
+template <class Config, class... Geometries>
+constexpr bool ends_with_any_page(TypeList<Geometries...>) {
+  bool any_page = false;
+  ((any_page = Tile<Config, Geometries>::kRowsPerLane == 1), ...);
+  return any_page;
 }
 
-// Index of the geometry for a call: of those that fit its page size the first, or where there is
-// little to do the first from kFew on.
+// Launches in the geometry of this index, if every lane's rows are on one page then. Negative: of
+// those that fit the page size the first, or where there is little to do the first from kFew on.
 template <class Config>
-int64_t choose_geometry(const DecodeParams& p) {
+bool launch_raw_kernel(cudaStream_t stream, const DecodeParams& p, int64_t geometry_index) {
   using Geometries = GeometriesOf<typename Config::KindType>;
   static_assert(ends_with_any_page<Config>(typename Geometries::List{}),
                 "the last geometry of a list must have one row per lane");
   const int64_t channels = int64_t{p.num_groups} * p.batch * Config::kHeadDim;
   const int64_t first = channels <= Geometries::kFewChannels ? Geometries::kFew : 0;
-  int64_t index = 0, chosen = 0;
-  visit_any(typename Geometries::List{}, [&](auto geometry) {
-    chosen = index++;
-    return chosen >= first && fits_pages<Config, decltype(geometry)>(p);
+  int64_t index = 0;
+  return visit_any(typename Geometries::List{}, [&](auto geometry) {
+    using Geometry = decltype(geometry);
+    using T = Tile<Config, Geometry>;
+    const bool is_candidate = geometry_index < 0 ? index >= first : index == geometry_index;
+    ++index;
+    if (!is_candidate || p.paging.page_size.value % T::kRowsPerLane != 0) return false;
+    const uint32_t ctas = T::kSlices + (p.next_n + Geometry::kWarps - 1) / Geometry::kWarps;
+    const dim3 grid(p.batch * ctas, p.num_windows, p.num_groups);
+    paged_kv_compress_kernel<Config, Geometry><<<grid, T::kThreads, 0, stream>>>(p, Divisor(ctas));
+    return true;
   });
-  return chosen;
-}
-
-template <class Config, class Geometry>
-void launch_raw_kernel(cudaStream_t stream, const DecodeParams& p) {
-  using T = Tile<Config, Geometry>;
-  const uint32_t ctas = T::kSlices + (p.next_n + Geometry::kWarps - 1) / Geometry::kWarps;
-  const dim3 grid(p.batch * ctas, p.num_windows, p.num_groups);
-  paged_kv_compress_kernel<Config, Geometry><<<grid, T::kThreads, 0, stream>>>(p, Divisor(ctas));
 }
 
 template <class Config>
@@ -83,7 +70,7 @@ const char* launch_kernel(cudaStream_t stream, const DecodeParams& p, StateForma
   constexpr int64_t kMaxGridX = 2147483647, kMaxGridYZ = 65535;
   if (p.batch > kMaxGridX / (Config::kHeadDim + int64_t{p.next_n}) || p.num_groups > kMaxGridYZ ||
       p.num_windows > kMaxGridYZ) {
-    return kTooLarge;
+    return "batch, next_n: too many requests, rows or groups for one launch";
   }
   if constexpr (may_hold(kDTypeOf<typename Config::State>, StateFormat::kPrefix)) {
     if (format == StateFormat::kPrefix) {
@@ -91,20 +78,8 @@ const char* launch_kernel(cudaStream_t stream, const DecodeParams& p, StateForma
       return nullptr;
     }
   }
-  if (geometry_index < 0) geometry_index = choose_geometry<Config>(p);
-  const char* problem = nullptr;
-  int64_t index = 0;
-  visit_any(typename GeometriesOf<typename Config::KindType>::List{}, [&](auto geometry) {
-    using Geometry = decltype(geometry);
-    if (index++ != geometry_index) return false;
-    if (fits_pages<Config, Geometry>(p)) {
-      launch_raw_kernel<Config, Geometry>(stream, p);
-    } else {
-      problem = "geometry: not for this page size";
-    }
-    return true;
-  });
-  return problem;
+  const bool launched = launch_raw_kernel<Config>(stream, p, geometry_index);
+  return launched ? nullptr : "geometry: not for this page size";
 }
 
 // Launches a step on a state of this format; in the geometry of this index, or of our choice where

@@ -72,7 +72,6 @@ struct PrefixTokenParams {
   uint32_t rows_per_layer;
 
   enum PerGroup : uint32_t {
-    kNone = 0,
     kKvLens = 1,
     kQLens = 2,
     kKvTables = 4,
@@ -88,12 +87,11 @@ struct PrefixTokenParams {
         score_tables(p.score_tables),
         batch(p.batch),
         next_n(p.next_n),
-        per_group((p.kv_lens_stride != 0 ? kKvLens : kNone) |
-                  (p.q_lens_stride != 0 ? kQLens : kNone) |
-                  (p.kv_tables_stride != 0 ? kKvTables : kNone) |
-                  (p.score_tables_stride != 0 ? kScoreTables : kNone) |
-                  (p.kv_score_stride != 0 ? kKvScore : kNone) | (p.ape_stride != 0 ? kApe : kNone) |
-                  (p.layer_stride != 0 ? kLayer : kNone)),
+        per_group((p.kv_lens_stride != 0) * kKvLens | (p.q_lens_stride != 0) * kQLens |
+                  (p.kv_tables_stride != 0) * kKvTables |
+                  (p.score_tables_stride != 0) * kScoreTables |
+                  (p.kv_score_stride != 0) * kKvScore | (p.ape_stride != 0) * kApe |
+                  (p.layer_stride != 0) * kLayer),
         paging(p.paging),
         kv_score(p.kv_score),
         ape(p.ape),

@@ -1,5 +1,5 @@
-// What both extension modules export: their handlers by target name, and the FFI version they were
-// built with.
+// What both extension modules export: the FFI version they were built with, and their handlers by
+// target name.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -10,14 +10,14 @@ namespace jax_dsv4 {
 
 namespace nb = nanobind;
 
-inline void export_ffi_version(nb::module_& m) {
+// The same targets on both platforms, for one exported program to serve both.
+inline void export_handlers(nb::module_& m, XLA_FFI_Handler* paged_kv_compress,
+                            XLA_FFI_Handler* store_records) {
   m.attr("FFI_VERSION") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
-  m.attr("HANDLERS") = nb::dict();
-}
-
-// The same target on both platforms, for one exported program to serve both.
-inline void export_handler(nb::module_& m, const char* target, XLA_FFI_Handler* handler) {
-  m.attr("HANDLERS")[target] = nb::capsule(reinterpret_cast<void*>(handler));
+  nb::dict handlers;
+  handlers["jax_dsv4_paged_kv_compress"] = nb::capsule(reinterpret_cast<void*>(paged_kv_compress));
+  handlers["jax_dsv4_store_records"] = nb::capsule(reinterpret_cast<void*>(store_records));
+  m.attr("HANDLERS") = handlers;
 }
 
 }  // namespace jax_dsv4

@@ -15,28 +15,21 @@ namespace {
 
 const char* name_of(DType dtype) { return dtype == DType::kBF16 ? "bfloat16" : "float32"; }
 
-template <class Kind>
-nb::list geometries_of() {
-  nb::list out;
-  visit_any(typename GeometriesOf<Kind>::List{}, [&](auto g) {
-    using G = decltype(g);
-    out.append(nb::make_tuple(G::kWarps, G::kLanes, G::kRowsInFlight, G::kMinCtas));
-    return false;
-  });
-  return out;
-}
-
 }  // namespace
 
 NB_MODULE(_cpu, m) {
-  export_ffi_version(m);
-  export_handler(m, "jax_dsv4_paged_kv_compress", &PagedKvCompressCpu);
-  export_handler(m, "jax_dsv4_store_records", &StoreRecordsCpu);
+  export_handlers(m, &PagedKvCompressCpu, &StoreRecordsCpu);
 
-  nb::list kinds, dtypes;
+  nb::list kinds, dtypes, formats;
   visit_any(Kinds{}, [&](auto kind) {
     using K = decltype(kind);
-    kinds.append(nb::make_tuple(K::kHeadDim, K::kRatio, K::kOverlap, geometries_of<K>()));
+    nb::list geometries;
+    visit_any(typename GeometriesOf<K>::List{}, [&](auto geometry) {
+      using G = decltype(geometry);
+      geometries.append(nb::make_tuple(G::kWarps, G::kLanes, G::kRowsInFlight, G::kMinCtas));
+      return false;
+    });
+    kinds.append(nb::make_tuple(K::kHeadDim, K::kRatio, K::kOverlap, geometries));
     return false;
   });
   visit_any(DTypesList{}, [&](auto types) {
@@ -46,7 +39,6 @@ NB_MODULE(_cpu, m) {
                                  name_of(kDTypeOf<typename Types::Out>)));
     return false;
   });
-  nb::list formats;
   for (size_t i = 0; i < std::size(kStateFormatNames); ++i) {
     nb::list states;
     for (DType dtype : {DType::kF32, DType::kBF16}) {

@@ -5,8 +5,4 @@
 XLA_FFI_DECLARE_HANDLER_SYMBOL(PagedKvCompressCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(StoreRecordsCuda);
 
-NB_MODULE(_cuda, m) {
-  jax_dsv4::export_ffi_version(m);
-  jax_dsv4::export_handler(m, "jax_dsv4_paged_kv_compress", &PagedKvCompressCuda);
-  jax_dsv4::export_handler(m, "jax_dsv4_store_records", &StoreRecordsCuda);
-}
+NB_MODULE(_cuda, m) { jax_dsv4::export_handlers(m, &PagedKvCompressCuda, &StoreRecordsCuda); }

@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <limits>
-#include <optional>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -13,7 +12,7 @@
 #include "config.h"
 #include "xla/ffi/api/ffi.h"
 
-XLA_FFI_REGISTER_ENUM_ATTR_DECODING(::xla::ffi::DataType);
+XLA_FFI_REGISTER_ENUM_ATTR_DECODING(::jax_dsv4::DType);
 XLA_FFI_REGISTER_ENUM_ATTR_DECODING(::jax_dsv4::StateFormat);
 
 namespace jax_dsv4 {
@@ -41,59 +40,27 @@ inline int64_t product_of(const Dims& dims) {
 }
 
 inline std::string dims_text(const Dims& dims) {
-  std::ostringstream text;
-  text << '[';
-  for (size_t i = 0; i < dims.size(); ++i) text << (i ? "," : "") << dims[i];
-  text << ']';
-  return text.str();
+  std::string text;
+  for (int64_t dim : dims) text += (text.empty() ? "" : ",") + std::to_string(dim);
+  return '[' + text + ']';
 }
 
-inline ffi::DataType data_type_of(DType dtype) {
-  return dtype == DType::kBF16 ? ffi::DataType::BF16 : ffi::DataType::F32;
+constexpr ffi::DataType data_type_of(DType dtype) { return static_cast<ffi::DataType>(dtype); }
+static_assert(data_type_of(DType::kBF16) == ffi::DataType::BF16 &&
+              data_type_of(DType::kF32) == ffi::DataType::F32);
+
+// An attribute may hold any number, also one that is no DType.
+inline std::string dtype_text(DType dtype) {
+  if (dtype == DType::kBF16) return "BF16";
+  if (dtype == DType::kF32) return "F32";
+  return "data type " + std::to_string(static_cast<int>(dtype));
 }
 
-inline std::optional<DType> dtype_of(ffi::DataType type) {
-  if (type == ffi::DataType::BF16) return DType::kBF16;
-  if (type == ffi::DataType::F32) return DType::kF32;
-  return std::nullopt;
-}
-
-// XLA's operator<< is undefined for a value that is no DataType, which an attribute may hold.
-inline std::string dtype_text(ffi::DataType type) {
-  if (type == ffi::DataType::BF16) return "BF16";
-  if (type == ffi::DataType::F32) return "F32";
-  return "data type " + std::to_string(static_cast<int>(type));
-}
-
-inline std::string kinds_text() {
-  std::ostringstream text;
-  visit_any(Kinds{}, [&](auto kind) {
-    using K = decltype(kind);
-    text << ' ' << K::kHeadDim << '/' << K::kRatio << (K::kOverlap ? " overlapping" : " disjoint");
-    return false;
-  });
-  return text.str();
-}
-
-inline std::string dtypes_text() {
-  std::ostringstream text;
-  visit_any(DTypesList{}, [&](auto types) {
-    using Types = decltype(types);
-    text << ' ' << data_type_of(kDTypeOf<typename Types::KvScore>) << '/'
-         << data_type_of(kDTypeOf<typename Types::State>) << '/'
-         << data_type_of(kDTypeOf<typename Types::Out>);
-    return false;
-  });
-  return text.str();
-}
-
-// Hands out a call's operands and results, one after another; then checks each, by the name that
-// errors have for it, and keeps the first thing that is wrong. *G: any number of leading group
-// dimensions.
+// Checks a call's operands and results, each by the name that errors have for it, and keeps the
+// first thing that is wrong. *G: any number of leading group dimensions.
 class OperandChecker {
  public:
-  OperandChecker(const char* operation, ffi::RemainingArgs operands, ffi::RemainingRets results)
-      : operation_(operation), operands_(operands), results_(results) {}
+  explicit OperandChecker(const char* operation) : operation_(operation) {}
 
   void require(bool condition, const std::string& text) {
     if (!condition && error_.empty()) error_ = text;
@@ -101,16 +68,13 @@ class OperandChecker {
   bool ok() const { return error_.empty(); }
   ffi::Error error() const { return ffi::Error::InvalidArgument(operation_ + ": " + error_); }
 
-  // The call must have so many of them; without that, none may be taken.
-  bool require_counts(size_t num_operands, size_t num_results) {
+  void require_counts(ffi::RemainingArgs operands, size_t num_operands, ffi::RemainingRets results,
+                      size_t num_results) {
     std::ostringstream text;
     text << "expected " << num_operands << " operands and " << num_results << " results, got "
-         << operands_.size() << " and " << results_.size();
-    require(operands_.size() == num_operands && results_.size() == num_results, text.str());
-    return ok();
+         << operands.size() << " and " << results.size();
+    require(operands.size() == num_operands && results.size() == num_results, text.str());
   }
-  ffi::AnyBuffer next_operand() { return *operands_.get<ffi::AnyBuffer>(operand_index_++); }
-  ffi::AnyBuffer next_result() { return **results_.get<ffi::AnyBuffer>(result_index_++); }
 
   // `x` must have a rank of at least that of `core`, the text of its dimensions.
   void require_rank(const char* name, ffi::AnyBuffer x, size_t rank, const char* core) {
@@ -125,8 +89,7 @@ class OperandChecker {
   // `x` must be dtype[*G, *core].
   void per_group(const char* name, ffi::AnyBuffer x, ffi::DataType dtype, const Dims& core) {
     const Dims want = concatenate(groups_, core);
-    require(x.element_type() == dtype && dims_of(x) == want,
-            text_of(name, x, dtype, dims_text(want)));
+    require_type(name, x, dtype, dims_of(x) == want, dims_text(want));
   }
 
   // `x` must be dtype[*G, *core], or dtype[*1, *core] shared by the groups. Returns which.
@@ -134,8 +97,8 @@ class OperandChecker {
     const Dims want = concatenate(groups_, core);
     const Dims shared = concatenate(Dims(groups_.size(), 1), core);
     const bool is_per_group = dims_of(x) == want;
-    require(x.element_type() == dtype && (is_per_group || dims_of(x) == shared),
-            text_of(name, x, dtype, dims_text(want) + " or " + dims_text(shared)));
+    require_type(name, x, dtype, is_per_group || dims_of(x) == shared,
+                 dims_text(want) + " or " + dims_text(shared));
     return is_per_group;
   }
 
@@ -146,18 +109,15 @@ class OperandChecker {
   }
 
  private:
-  static std::string text_of(const char* name, ffi::AnyBuffer x, ffi::DataType dtype,
-                             const std::string& want) {
+  void require_type(const char* name, ffi::AnyBuffer x, ffi::DataType dtype, bool has_dims,
+                    const std::string& want) {
     std::ostringstream text;
     text << name << ": expected " << dtype << want << ", got " << x.element_type()
          << dims_text(dims_of(x));
-    return text.str();
+    require(has_dims && x.element_type() == dtype, text.str());
   }
 
   std::string operation_;
-  ffi::RemainingArgs operands_;
-  ffi::RemainingRets results_;
-  size_t operand_index_ = 0, result_index_ = 0;
   Dims groups_;
   std::string error_;
 };

@@ -44,7 +44,6 @@ struct StoreBuffers {
   ffi::AnyBuffer layer;        // [*G, 1] i32, or [*G, 0]: none, or the attribute
   ffi::AnyBuffer pool_out;     // aliases pool
 };
-inline constexpr size_t kStoreOperands = 7, kStoreResults = 1;
 
 template <class Binding>
 auto bind_store(Binding binding) {
@@ -63,12 +62,13 @@ inline ffi::ErrorOr<StoreCall> check_store(ffi::RemainingArgs operands, ffi::Rem
   constexpr int64_t kInt32Max = std::numeric_limits<int32_t>::max();
   constexpr int64_t kNoLayer = -1;
   constexpr auto kI32 = ffi::DataType::S32, kF32 = ffi::DataType::F32, kU8 = ffi::DataType::U8;
-  OperandChecker check("store_records", operands, results);
+  OperandChecker check("store_records");
   const auto failure = [&] { return ffi::Unexpected(check.error()); };
-  if (!check.require_counts(kStoreOperands, kStoreResults)) return failure();
-  const auto next = [&] { return check.next_operand(); };
-  // Braces evaluate from left to right.
-  const StoreBuffers b{next(), next(), next(), next(), next(), next(), next(), check.next_result()};
+  check.require_counts(operands, 7, results, 1);
+  if (!check.ok()) return failure();
+  const auto arg = [&](size_t i) { return *operands.get<ffi::AnyBuffer>(i); };
+  const StoreBuffers b{arg(0), arg(1), arg(2), arg(3),
+                       arg(4), arg(5), arg(6), **results.get<ffi::AnyBuffer>(0)};
 
   check.require_rank("values", b.values, 2, "N, head_dim");
   check.require_rank("norm_weight", b.norm_weight, 1, "head_dim");
@@ -115,7 +115,8 @@ inline ffi::ErrorOr<StoreCall> check_store(ffi::RemainingArgs operands, ffi::Rem
   const int64_t num_positions = b.table.dimensions()[b.table.dimensions().size() - 2];
   const bool has_weight = b.norm_weight.dimensions().back() != 0;
   const ffi::DataType values_dtype = b.values.element_type();
-  check.require(dtype_of(values_dtype).has_value(), "values: expected BF16 or F32");
+  check.require(values_dtype == kF32 || values_dtype == ffi::DataType::BF16,
+                "values: expected BF16 or F32");
 
   StoreCall call;
   StoreParams& p = call.params;

@@ -9,13 +9,9 @@
 namespace jax_dsv4 {
 
 inline ::xla::ffi::Future ready(::xla::ffi::Error error) {
-  ::xla::ffi::Promise promise;
+  ::xla::ffi::CountDownPromise promise(1);
   ::xla::ffi::Future future(promise);
-  if (error.failure()) {
-    promise.SetError(error);
-  } else {
-    promise.SetAvailable();
-  }
+  promise.CountDown(error);
   return future;
 }
 

@@ -49,12 +49,10 @@ def ratio_and_overlap(compress_ratio: Any, overlap: Any) -> tuple[int, bool]:
     """Both static; an ``overlap`` of ``None`` is the ratio's: 4 overlaps, others do not."""
     expected = f"compress_ratio: expected one of {_config.RATIOS}, got {compress_ratio!r}"
     try:
-        ratio = integer("compress_ratio", compress_ratio, 1)
+        ratio = index("compress_ratio", compress_ratio)
     except TypeError as error:
         if isinstance(compress_ratio, jax.Array):
             raise
-        raise ValueError(expected) from error
-    except ValueError as error:
         raise ValueError(expected) from error
     if ratio not in _config.RATIOS:
         raise ValueError(expected)
@@ -65,14 +63,14 @@ def ratio_and_overlap(compress_ratio: Any, overlap: Any) -> tuple[int, bool]:
     return ratio, bool(overlap)
 
 
-def floating(name: str, dtype: DTypeLike, allowed: Sequence[str] = FLOATS, why: str = "") -> str:
-    """The name of a floating-point type, one of ``allowed``."""
+def floating(name: str, dtype: DTypeLike) -> str:
+    """The name of a type, one of ``FLOATS``."""
     try:
         got = jnp.dtype(dtype).name
     except TypeError:
         got = repr(dtype)
-    if got not in allowed:
-        raise TypeError(f"{name}: expected {' or '.join(allowed)}{why}, got {got}")
+    if got not in FLOATS:
+        raise TypeError(f"{name}: expected {' or '.join(FLOATS)}, got {got}")
     return got
 
 
@@ -93,17 +91,15 @@ def array(name: str, x: Any, dtypes: Sequence[str], *shape: int | str) -> Array:
             f"{name}: expected an array of JAX or NumPy, got {type(x).__name__}: {error}"
         ) from error
     if dtype not in dtypes:
-        cast = (
-            f"; cast it yourself: {name}.astype(jnp.int32)"
-            if "int32" in dtypes and dtype in ("int64", "uint32")
-            else ""
-        )
+        cast = ""
+        if "int32" in dtypes and dtype in ("int64", "uint32"):
+            cast = f"; cast it yourself: {name}.astype(jnp.int32)"
         raise TypeError(f"{name}: expected {' or '.join(dtypes)}, got {dtype}{cast}")
     fits = len(given.shape) == len(shape) and all(
         isinstance(want, str) or got == want for got, want in zip(given.shape, shape, strict=True)
     )
     if not fits:
-        wanted = ", ".join(str(want) for want in shape)
+        wanted = ", ".join(map(str, shape))
         raise ValueError(f"{name}: expected shape [{wanted}], got {list(given.shape)}")
     try:
         checked = jnp.asarray(given)
@@ -134,8 +130,7 @@ def _dtype_name(dtype: Any) -> str:
 
 def state_dtype(name: str, format: str, dtype: DTypeLike) -> None:
     """Raise ``TypeError`` unless a state of this format may have this dtype."""
-    floating(name, dtype)
-    got, allowed = jnp.dtype(dtype).name, _config.STATE_DTYPES[format]
+    got, allowed = floating(name, dtype), _config.STATE_DTYPES[format]
     if got not in allowed:
         raise TypeError(
             f"{name}: expected {' or '.join(allowed)} in state format {format!r}, got {got}: "

@@ -225,12 +225,8 @@ def paged_kv_compress(
     else:
         q_lens = _check.array("q_lens", q_lens, _check.I32, batch)
     operation = DECODE if layer is None else _WITH_LAYERS
-    kv_comp, kv, score = _op.call(
-        operation,
-        options,
-        implementation,
-        *(*new_rows, ape, kv, score, *tables, kv_lens, q_lens, layer_operand),
-    )
+    operands = (*new_rows, ape, kv, score, *tables, kv_lens, q_lens, layer_operand)
+    kv_comp, kv, score = _op.call(operation, options, implementation, *operands)
     return kv_comp, CompressorState(kv, score, state.format)
 
 
@@ -308,6 +304,8 @@ def _convert(
         return rows.astype(jnp.float32)
 
     def convert(layer: Array | None, prefixes: CompressorState) -> CompressorState:
+        if layer is not None:
+            layer = layer.astype(jnp.int32)  # of int64 in x64 mode
         # From the start of a window, and of scores that have their bias: rows as a step's new ones.
         at = jnp.zeros(0, jnp.int32) if layer is None else layer[None]
         # A layer is still raw when its turn comes, and f32 holds bf16 exactly.

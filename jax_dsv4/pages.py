@@ -33,8 +33,7 @@ class _LivePages(NamedTuple):
         return self.last - self.before + 1
 
     def indices(self) -> list[int]:
-        pages = list(range(self.first, self.last + 1))
-        return pages if self.before == self.first else [self.before, *pages]
+        return sorted({self.before, *range(self.first, self.last + 1)})
 
 
 class _Layout(NamedTuple):
