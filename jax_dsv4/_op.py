@@ -25,7 +25,7 @@ from jax import Array
 from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jax_dsv4 import _ffi, _mesh
@@ -154,15 +154,17 @@ def _bind(static: _Static, *operands: Array) -> tuple[Array, ...]:
     partitioned = None
     if split and static.implementation != "xla" and not _mesh.types_say_all(operation, avals, mesh):
         shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands)
-        partitioned = _partitioned(static, shapes, mesh)
+        # What JAX makes of it depends on these, too.
+        mode = mesh, jax.config.jax_use_shardy_partitioner  # pyright: ignore[reportAttributeAccessIssue]
+        partitioned = _partitioned(static, shapes, mode)
     return tuple(_call.bind(*operands, static=static, partitioned=partitioned))
 
 
 @functools.lru_cache(maxsize=4096)
 def _partitioned(
-    static: _Static, shapes: tuple[jax.ShapeDtypeStruct, ...], mesh: AbstractMesh
+    static: _Static, shapes: tuple[jax.ShapeDtypeStruct, ...], mode: Hashable
 ) -> ClosedJaxpr:
-    """The call on devices that only the compiler knows; ``mesh``: the one in scope, of the cache.
+    """The call, on devices among which the compiler splits it.
 
     Made before lowering, for JAX to see in it that a program with this call depends on its devices.
     """
