@@ -93,7 +93,7 @@ run_test() {
 # where each ends.
 run_sanitize() {
   local tool
-  deal_tests kernels 6 every_geometry || { failed+=(collect) && return; }
+  deal_tests kernels 6 "every_geometry or no_other_byte" || { failed+=(collect) && return; }
   export XLA_PYTHON_CLIENT_ALLOCATOR=platform
   for tool in memcheck racecheck; do
     start_tests kernels "$tool" \
