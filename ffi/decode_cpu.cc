@@ -178,7 +178,7 @@ ffi::Future decode(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::Remai
     }
   });
   const int64_t num_requests = int64_t{call->params.num_groups} * call->params.batch;
-  return share_among_threads(pool, call->params, num_requests, decode_request);
+  return share_among_threads(pool, call->params, num_requests, 1, decode_request);
 }
 
 }  // namespace

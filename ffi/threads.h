@@ -15,12 +15,18 @@ inline ::xla::ffi::Future ready(::xla::ffi::Error error) {
   return future;
 }
 
-// Runs `run(params, i)` for each i below `count`, in a few tasks per thread; the future completes
-// with the last.
+// Runs `run(params, i)` for each i below `count`, in a few tasks per thread, of at least so many;
+// the future completes with the last. What is one task only runs at once.
 template <class Params>
 ::xla::ffi::Future share_among_threads(::xla::ffi::ThreadPool pool, const Params& params,
-                                       int64_t count, void (*run)(const Params&, int64_t)) {
-  const int64_t num_tasks = std::clamp<int64_t>(4 * pool.num_threads(), 1, count);
+                                       int64_t count, int64_t least,
+                                       void (*run)(const Params&, int64_t)) {
+  const int64_t most_tasks = (count + least - 1) / least;
+  const int64_t num_tasks = std::clamp<int64_t>(4 * pool.num_threads(), 1, most_tasks);
+  if (num_tasks == 1 && least > 1) {
+    for (int64_t i = 0; i < count; ++i) run(params, i);
+    return ready(::xla::ffi::Error::Success());
+  }
   ::xla::ffi::CountDownPromise promise(num_tasks);
   ::xla::ffi::Future future(promise);
   for (int64_t task = 0; task < num_tasks; ++task) {

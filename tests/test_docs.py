@@ -14,6 +14,7 @@ PAGES = (
     "README.md",
     "docs/operation.md",
     "docs/state.md",
+    "docs/records.md",
     "docs/transforms.md",
     "docs/engine.md",
     "docs/troubleshooting.md",
