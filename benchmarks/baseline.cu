@@ -4,10 +4,10 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <string>
 
 #include "baseline.cuh"
 #include "config.h"
+#include "cuda_error.cuh"
 #include "decode_call.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -40,9 +40,7 @@ ffi::Error decode_row_at_a_time(cudaStream_t stream, ffi::RemainingArgs operands
     default:
       return ffi::Error::InvalidArgument("geometry: expected 0 (1 warp) or 1 (4 warps)");
   }
-  const cudaError_t status = cudaGetLastError();
-  if (status == cudaSuccess) return ffi::Error::Success();
-  return ffi::Error::Internal(std::string("kernel launch: ") + cudaGetErrorString(status));
+  return launch_error();
 }
 
 }  // namespace
@@ -50,5 +48,6 @@ ffi::Error decode_row_at_a_time(cudaStream_t stream, ffi::RemainingArgs operands
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     RowAtATimeCuda, jax_dsv4::decode_row_at_a_time,
-    jax_dsv4::bind_decode(xla::ffi::Ffi::Bind().Ctx<xla::ffi::PlatformStream<cudaStream_t>>()),
+    jax_dsv4::bind_call<jax_dsv4::DecodeAttributes>(
+        xla::ffi::Ffi::Bind().Ctx<xla::ffi::PlatformStream<cudaStream_t>>()),
     {xla::ffi::Traits::kCmdBufferCompatible});

@@ -50,13 +50,6 @@ struct DecodeBuffers {
   ffi::AnyBuffer score_out;  // aliases score
 };
 
-// The part of a handler's binding that all platforms share; `binding` holds the platform's
-// contexts.
-template <class Binding>
-auto bind_decode(Binding binding) {
-  return std::move(binding).RemainingArgs().RemainingRets().template Attrs<DecodeAttributes>();
-}
-
 // A checked call.
 struct DecodeCall {
   Selection selection;

@@ -184,6 +184,6 @@ ffi::Future decode(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::Remai
 }  // namespace
 }  // namespace jax_dsv4
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    PagedKvCompressCpu, jax_dsv4::decode,
-    jax_dsv4::bind_decode(xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PagedKvCompressCpu, jax_dsv4::decode,
+                              jax_dsv4::bind_call<jax_dsv4::DecodeAttributes>(
+                                  xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>()));

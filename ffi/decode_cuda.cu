@@ -5,9 +5,9 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <string>
 
 #include "config.h"
+#include "cuda_error.cuh"
 #include "decode_call.h"
 #include "decode_launch.cuh"
 #include "xla/ffi/api/ffi.h"
@@ -32,9 +32,7 @@ ffi::Error decode(cudaStream_t stream, ffi::RemainingArgs operands, ffi::Remaini
     problem = launch<decltype(config)>(stream, p, call->state_format, call->geometry);
   });
   if (problem != nullptr) return ffi::Error::InvalidArgument(problem);
-  const cudaError_t status = cudaGetLastError();
-  if (status == cudaSuccess) return ffi::Error::Success();
-  return ffi::Error::Internal(std::string("kernel launch: ") + cudaGetErrorString(status));
+  return launch_error();
 }
 
 }  // namespace
@@ -42,5 +40,6 @@ ffi::Error decode(cudaStream_t stream, ffi::RemainingArgs operands, ffi::Remaini
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     PagedKvCompressCuda, jax_dsv4::decode,
-    jax_dsv4::bind_decode(xla::ffi::Ffi::Bind().Ctx<xla::ffi::PlatformStream<cudaStream_t>>()),
+    jax_dsv4::bind_call<jax_dsv4::DecodeAttributes>(
+        xla::ffi::Ffi::Bind().Ctx<xla::ffi::PlatformStream<cudaStream_t>>()),
     {xla::ffi::Traits::kCmdBufferCompatible});

@@ -122,4 +122,11 @@ class OperandChecker {
   std::string error_;
 };
 
+// The part of a handler's binding that all platforms share; `binding` holds the platform's
+// contexts.
+template <class Attributes, class Binding>
+auto bind_call(Binding binding) {
+  return std::move(binding).RemainingArgs().RemainingRets().template Attrs<Attributes>();
+}
+
 }  // namespace jax_dsv4

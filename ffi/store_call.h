@@ -45,11 +45,6 @@ struct StoreBuffers {
   ffi::AnyBuffer pool_out;     // aliases pool
 };
 
-template <class Binding>
-auto bind_store(Binding binding) {
-  return std::move(binding).RemainingArgs().RemainingRets().template Attrs<StoreAttributes>();
-}
-
 struct StoreCall {
   RecordFormat format;
   int64_t head_dim;

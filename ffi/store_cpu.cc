@@ -164,6 +164,6 @@ ffi::Future store_records(ffi::ThreadPool pool, ffi::RemainingArgs operands,
 }  // namespace
 }  // namespace jax_dsv4
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    StoreRecordsCpu, jax_dsv4::store_records,
-    jax_dsv4::bind_store(xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(StoreRecordsCpu, jax_dsv4::store_records,
+                              jax_dsv4::bind_call<jax_dsv4::StoreAttributes>(
+                                  xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>()));

@@ -4,10 +4,9 @@
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstdint>
-#include <string>
 
+#include "cuda_error.cuh"
 #include "record_stage.cuh"
 #include "store.h"
 #include "store_call.h"
@@ -91,9 +90,7 @@ ffi::Error store_records(cudaStream_t stream, ffi::RemainingArgs operands,
   visit_record(call->format, call->head_dim, [&](auto record) {
     store_records_kernel<decltype(record)><<<grid, 32 * warps, 0, stream>>>(p);
   });
-  const cudaError_t status = cudaGetLastError();
-  if (status == cudaSuccess) return ffi::Error::Success();
-  return ffi::Error::Internal(std::string("kernel launch: ") + cudaGetErrorString(status));
+  return launch_error();
 }
 
 }  // namespace
@@ -101,5 +98,6 @@ ffi::Error store_records(cudaStream_t stream, ffi::RemainingArgs operands,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     StoreRecordsCuda, jax_dsv4::store_records,
-    jax_dsv4::bind_store(xla::ffi::Ffi::Bind().Ctx<xla::ffi::PlatformStream<cudaStream_t>>()),
+    jax_dsv4::bind_call<jax_dsv4::StoreAttributes>(
+        xla::ffi::Ffi::Bind().Ctx<xla::ffi::PlatformStream<cudaStream_t>>()),
     {xla::ffi::Traits::kCmdBufferCompatible});
