@@ -20,15 +20,16 @@ def _running_ffi_version() -> tuple[int, int]:
     path = pathlib.Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h")
     try:
         header = path.read_text()
-    except OSError as error:
+        major, minor = (
+            int(re.search(rf"#define XLA_FFI_API_{part} (\d+)", header)[1])  # pyright: ignore[reportOptionalSubscript]
+            for part in ("MAJOR", "MINOR")
+        )
+    except (OSError, UnicodeError, TypeError) as error:
         raise ImportError(
             f"jax_dsv4 reads the XLA FFI version of the installed jaxlib from its headers, and "
-            f"there is no {path}: reinstall jaxlib (pip install --force-reinstall --no-deps jaxlib)"
+            f"{path} does not say it: reinstall jaxlib (pip install --force-reinstall --no-deps "
+            "jaxlib)"
         ) from error
-    major, minor = (
-        int(re.search(rf"#define XLA_FFI_API_{part} (\d+)", header)[1])  # pyright: ignore[reportOptionalSubscript]
-        for part in ("MAJOR", "MINOR")
-    )
     return major, minor
 
 

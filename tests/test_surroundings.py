@@ -460,7 +460,12 @@ for seed in range(4):
     assert result.returncode == 0, result.stderr
 
 
-def test_a_jaxlib_without_headers_gets_a_text_that_helps(monkeypatch, tmp_path):
+@pytest.mark.parametrize("header", (None, b"", b"#define XLA_FFI_API_MAJOR 0", b"\xff\xfe"))
+def test_a_jaxlib_without_headers_gets_a_text_that_helps(header, monkeypatch, tmp_path):
+    path = tmp_path / "xla" / "ffi" / "api" / "c_api.h"
+    if header is not None:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(header)
     monkeypatch.setattr(jax.ffi, "include_dir", lambda: str(tmp_path))
     with pytest.raises(ImportError, match=r"reinstall jaxlib"):
         _ffi._running_ffi_version()
