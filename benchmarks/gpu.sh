@@ -8,6 +8,7 @@
 #     sanitize  the kernels alone under compute-sanitizer: bad accesses, and races
 #     job       the main job, in both state formats
 #     measure   most of README's times, with the baselines and jnp beside; the indexer; layers
+#     records   the times of store_records, with jnp beside, and of its launches captured by hand
 #     vary      the times of all other points in points.csv
 #     step      a whole decode step in one program
 #     profile   the launches captured in graphs by hand, and ncu's counters
@@ -20,7 +21,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 part=${1:-}
 case "$part" in
-  test | sanitize | job | measure | vary | step | profile) ;;
+  test | sanitize | job | measure | records | vary | step | profile) ;;
   *)
     sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' benchmarks/gpu.sh
     exit 2
@@ -56,16 +57,36 @@ deal_tests() { # NAME COUNT EXPRESSION
   echo "$(grep -c :: "$results/$1.log") tests in $2 processes"
 }
 
-# Starts pytest on each of the files of test ids, in a process of its own, and sets `pids` by log.
-declare -A pids=()
-start_tests() { # NAME LOG COMMAND...
-  local name=$1 log=$2 file shard ids
+# Runs pytest on a file of test ids.
+run_shard() { # FILE LOG COMMAND...
+  local file=$1 log=$2 ids
   shift 2
+  mapfile -t ids <"$file"
+  XLA_PYTHON_CLIENT_PREALLOCATE=false JAX_DSV4_REQUIRE_GPU=1 timeout -k 10 360 \
+    "$@" python3 -m pytest -q -p no:cacheprovider "${ids[@]}" >"$log" 2>&1
+}
+
+# As run_shard, and once more where compute-sanitizer itself failed.
+sanitize_shard() { # FILE LOG COMMAND...
+  local rc
+  run_shard "$@"
+  rc=$?
+  if [ $rc -ge 128 ] || grep -q "Internal Sanitizer Error" "$2"; then
+    mv "$2" "$2.crashed"
+    run_shard "$@"
+    rc=$?
+  fi
+  return $rc
+}
+
+# Starts a process for each of the files of test ids, and sets `pids` by log.
+declare -A pids=()
+start_tests() { # RUN NAME LOG COMMAND...
+  local run=$1 name=$2 log=$3 file shard
+  shift 3
   for file in "$results/$name".[0-9][0-9]; do
     shard=$log.${file##*.}
-    mapfile -t ids <"$file"
-    XLA_PYTHON_CLIENT_PREALLOCATE=false JAX_DSV4_REQUIRE_GPU=1 timeout -k 10 360 \
-      "$@" python3 -m pytest -q -p no:cacheprovider "${ids[@]}" >"$results/$shard.log" 2>&1 &
+    "$run" "$file" "$results/$shard.log" "$@" &
     pids[$shard]=$!
   done
 }
@@ -85,7 +106,7 @@ finish_tests() {
 
 run_test() {
   deal_tests tests 8 "" || { failed+=(collect) && return; }
-  start_tests tests test
+  start_tests run_shard tests test
   finish_tests
 }
 
@@ -96,7 +117,7 @@ run_sanitize() {
   deal_tests kernels 6 "every_geometry or no_other_byte" || { failed+=(collect) && return; }
   export XLA_PYTHON_CLIENT_ALLOCATOR=platform
   for tool in memcheck racecheck; do
-    start_tests kernels "$tool" \
+    start_tests sanitize_shard kernels "$tool" \
       compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 9
   done
   finish_tests
@@ -115,6 +136,12 @@ run_measure() {
   run baseline python3 benchmarks/baseline.py
   run measure python3 benchmarks/decode.py --out "$results/decode.jsonl" "${commit[@]}" \
     --points "${measured_points[@]}"
+}
+
+run_records() {
+  run records-build nvcc -std=c++17 -O3 -arch=native -Iffi benchmarks/records.cu -o "$results/records"
+  run records-graph "$results/records"
+  run records python3 benchmarks/records.py --out "$results/records.jsonl" "${commit[@]}"
 }
 
 run_vary() {

@@ -2,9 +2,10 @@
 
     python benchmarks/records.py [--out results.jsonl]
 
-Each call has values, slots and positions of its own, so that nothing it reads or writes is in the
-L2 cache: between two uses of anything at least 256 MiB are moved. The time per call is the
-difference between a program of many calls and one of a quarter of them, over the calls in between.
+Each call has values, slots and positions of its own, and a program reads 1 GiB of something else:
+nothing that a call touches is in the L2 cache, and a program takes longer than its dispatch. The
+time per call is the difference between a program of many calls and one of a quarter of them, over
+the calls in between; the two run in turns.
 Beside each: the jitted jnp reference, and the time that its bytes take at the rate of one large
 copy in the same run.
 """
@@ -33,7 +34,7 @@ FORMATS = (
 )
 COUNTS = (1, 16, 64, 256, 8192)
 PAGE_SIZE = 64
-COLD_BYTES = 256 << 20
+COLD_BYTES = 1 << 30
 
 
 def make_program(calls: int, implementation: str, options: dict):
@@ -55,9 +56,9 @@ def make_program(calls: int, implementation: str, options: dict):
 
 
 def measure(format: str, head_dim: int, options: dict, count: int, implementation: str) -> float:
-    """Microseconds per call, median of 5."""
+    """Microseconds per call, median of 7."""
     rng = np.random.default_rng(0)
-    calls = 16 if count > 1000 or implementation == "xla" else 64
+    calls = 16 if count > 1000 else 32 if implementation == "xla" else 64
     num_slots = max(calls * count, 1 << 14)
     records = init_records(num_slots // PAGE_SIZE, PAGE_SIZE, head_dim=head_dim, format=format)
     slots = rng.permutation(num_slots)[: calls * count].reshape(calls, count)
@@ -85,7 +86,7 @@ def measure(format: str, head_dim: int, options: dict, count: int, implementatio
         time_runs(program, 3)  # compiles
         programs[program] = max(4, int(0.03 / (time_runs(program, 3) / 3)))
     rounds = [
-        [time_runs(program, runs) / runs for program, runs in programs.items()] for _ in range(5)
+        [time_runs(program, runs) / runs for program, runs in programs.items()] for _ in range(7)
     ]
     of_many, of_few = map(statistics.median, zip(*rounds, strict=True))
     return 1e6 * (of_many - of_few) / (calls - calls // 4)

@@ -114,16 +114,24 @@ JAX_DSV4_HD uint32_t to_e4m3(float x) {
 // NaN has no code: it becomes the largest number.
 JAX_DSV4_HD uint32_t to_e2m1(float x) { return to_small_float<1, 1, 3>(x, kMaxE2m1); }
 
-// Of a block so far, and one more value: NaN counts for nothing, infinity for the largest f32.
+// Of a block so far, and one more value; NaN counts for nothing.
 JAX_DSV4_HD float larger_magnitude(float amax, float x) {
-  const float magnitude = magnitude_of(x) < kMaxFloat ? magnitude_of(x) : kMaxFloat;
-  return !is_nan(x) && magnitude > amax ? magnitude : amax;
+#ifdef __CUDA_ARCH__
+  return fmaxf(amax, fabsf(x));
+#else
+  const float magnitude = magnitude_of(x);
+  return magnitude > amax ? magnitude : amax;
+#endif
 }
 
-// The biased exponent of the smallest power of two that is not below a normal number.
-JAX_DSV4_HD uint32_t exponent_above(float scale) {
-  const uint32_t bits = bits_of(scale);
-  return (bits >> 23) + ((bits & 0x7fffffu) != 0);
+// The biased exponent of the smallest power of two that is not below amax / kLargest, rounded to
+// f32. No quotient above a power of two rounds down to it: the least is larger by 2^-23 / 1.75.
+template <RecordFormat kFormat>
+JAX_DSV4_HD int32_t exponent_above(float amax) {
+  constexpr bool kIsMxfp4 = kFormat == RecordFormat::kMxfp4;
+  constexpr int32_t kMantissa =
+      kIsMxfp4 ? 0x400000 : 0x600000;  // of 6 = 1.5 * 2^2, 448 = 1.75 * 2^8
+  return ((static_cast<int32_t>(bits_of(amax)) + 0x7fffff - kMantissa) >> 23) - (kIsMxfp4 ? 2 : 8);
 }
 
 // 2^(exponent - 127), for 1 to 254.
@@ -131,6 +139,7 @@ JAX_DSV4_HD float power_of_two(uint32_t exponent) { return float_of(exponent << 
 
 // x / 2^(exponent - 127), exactly where the quotient is normal: denormal x counts on every thread.
 JAX_DSV4_HD float divide_by_power_of_two(float x, uint32_t exponent) {
+#ifndef __CUDA_ARCH__
   const uint32_t bits = bits_of(x);
   if ((bits >> 23 & 0xff) == 0) {
     // Of its last place, 2^-149, whole multiples.
@@ -138,12 +147,13 @@ JAX_DSV4_HD float divide_by_power_of_two(float x, uint32_t exponent) {
     const float quotient = exponent < 105 ? mantissa * power_of_two(105 - exponent) : 0.0f;
     return float_of(bits_of(quotient) | (bits & 0x80000000u));
   }
+#endif
   return x * power_of_two(254 - exponent);
 }
 
-// The scale of a block whose largest magnitude is `amax`.
+// The scale of a block whose largest magnitude is `amax`; infinity counts for the largest f32.
 struct BlockScale {
-  uint32_t exponent;  // of a power of two
+  uint32_t exponent;  // of a power of two, biased
   float scale;
   float reciprocal;
 };
@@ -161,15 +171,16 @@ JAX_DSV4_HD float least_amax(const RecordOptions& options) {
 
 template <RecordFormat kFormat>
 JAX_DSV4_HD BlockScale scale_of(float amax, const RecordOptions& options) {
-  constexpr bool kIsMxfp4 = kFormat == RecordFormat::kMxfp4;
-  constexpr uint32_t kLeastExponent = 127 - 13;
-  float scale = exact_quotient(amax, kIsMxfp4 ? kMaxE2m1 : kMaxE4m3);
-  uint32_t exponent = exponent_above(scale);
-  if (options.scale_floor && exponent < kLeastExponent) exponent = kLeastExponent;
-  if (kFormat != RecordFormat::kFp8Block128 || options.scales != Scales::kF32) {
-    return {exponent, power_of_two(exponent), power_of_two(254 - exponent)};
+  amax = amax < kMaxFloat ? amax : kMaxFloat;
+  if (kFormat == RecordFormat::kFp8Block128 && options.scales == Scales::kF32) {
+    const float scale = exact_quotient(amax, kMaxE4m3);
+    return {0, scale, exact_quotient(1.0f, scale)};
   }
-  return {exponent, scale, exact_quotient(1.0f, scale)};
+  constexpr int32_t kLeastExponent = 127 - 13;
+  int32_t exponent = exponent_above<kFormat>(amax);
+  if (options.scale_floor && exponent < kLeastExponent) exponent = kLeastExponent;
+  const auto e = static_cast<uint32_t>(exponent);
+  return {e, power_of_two(e), power_of_two(254 - e)};
 }
 
 // The four bytes of a scale of kFp8Block128.

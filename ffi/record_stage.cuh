@@ -2,6 +2,8 @@
 // quantiser, and the bytes of the row. Nothing but shuffles between its lanes. Device code only.
 #pragma once
 
+#include <cuda_bf16.h>
+
 #include <cstdint>
 
 #include "numeric.h"
@@ -14,95 +16,144 @@ inline constexpr uint32_t kWholeWarp = ~0u;
 
 // One record's row on its page.
 struct RecordRow {
+  bool exists;          // else nothing is stored
+  bool is_16b_aligned;  // data; else, as scales, 4 bytes
   uint8_t* data;
   uint8_t* scales;
-  bool in_words_of_16;  // whether data may be stored 16 bytes at a time; else 4
 };
 
-// A lane holds kChannels channels of the value, side by side: lane 0 the first.
+__device__ __forceinline__ uint32_t to_bf16x2(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+__device__ __forceinline__ uint32_t to_e4m3x4(const float (&x)[4], float factor) {
+#if __CUDA_ARCH__ >= 890
+  const auto pair = [&](float low, float high) -> uint32_t {
+    const float2 scaled = make_float2(low * factor, high * factor);
+    return __nv_cvt_float2_to_fp8x2(scaled, __NV_SATFINITE, __NV_E4M3);
+  };
+  return pair(x[0], x[1]) | pair(x[2], x[3]) << 16;
+#else
+  uint32_t word = 0;
+  for (int v = 0; v < 4; ++v) word |= to_e4m3(x[v] * factor) << 8 * v;
+  return word;
+#endif
+}
+
+// Four channels side by side in each lane, 128 in a warp; group j of them starts at channel 128 j.
+// So every load and store of a warp is of neighbours.
 template <RecordFormat kFormat, int kHeadDim>
 struct RecordStage {
-  static constexpr int kChannels = kHeadDim / 32;
-  static constexpr int kFirstRotated = (kHeadDim - kRopeDim) / kChannels;  // lane
-  static_assert(kHeadDim % 64 == 0 && kChannels * (32 - kFirstRotated) == kRopeDim,
-                "RecordStage: a lane holds whole pairs of rotated channels");
+  static constexpr int kGroups = kHeadDim / 128;
+  static_assert(kHeadDim == 128 || kHeadDim == 512, "RecordStage: one group of channels, or four");
+  static constexpr int kFirstRotated = 16;  // lane, of the last group
   using Layout = RecordLayout<kFormat, kHeadDim>;
 
-  float x[kChannels];
+  float x[kGroups][4];
+
+  template <class Element>
+  __device__ __forceinline__ void load_value(const Element* value, int lane) {
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) {
+      const auto part = load<Element, 4>(value + j * 128 + lane * 4);
+#pragma unroll
+      for (int v = 0; v < 4; ++v) x[j][v] = to_f32(part.x[v]);
+    }
+  }
 
   // What a lane needs of the weight and of the table, loaded before anything waits for it.
   struct Operands {
-    float weight[kChannels];
-    float cos[kChannels / 2], sin[kChannels / 2];
+    Vector<float, 4> weight[kGroups];
+    float cos[2], sin[2];
   };
 
   static __device__ __forceinline__ void load_weight(const float* weight, int lane, Operands& o) {
 #pragma unroll
-    for (int k = 0; k < kChannels; ++k) o.weight[k] = weight[lane * kChannels + k];
+    for (int j = 0; j < kGroups; ++j) o.weight[j] = load<float, 4>(weight + j * 128 + lane * 4);
   }
 
-  // `row`: of the table; only lanes that rotate load anything.
+  // `row`: of the table, 8-byte aligned; both halves of the warp load the same pairs.
   static __device__ __forceinline__ void load_rotation(const float* row, bool interleaved, int lane,
                                                        Operands& o) {
-    if (lane < kFirstRotated) return;
-    const int first = (lane - kFirstRotated) * (kChannels / 2);  // of 32 pairs
+    const int first = lane % 16 * 2;  // of 32 pairs
+    const auto low = load<float, 2>(row + (interleaved ? 2 * first : first));
+    const auto high = load<float, 2>(row + (interleaved ? 2 * first + 2 : first + kRopeDim / 2));
+    o.cos[0] = low.x[0], o.cos[1] = interleaved ? high.x[0] : low.x[1];
+    o.sin[0] = interleaved ? low.x[1] : high.x[0], o.sin[1] = high.x[1];
+  }
+
+  template <class Visit>
+  __device__ __forceinline__ void for_each(Visit&& visit) {
 #pragma unroll
-    for (int i = 0; i < kChannels / 2; ++i) {
-      o.cos[i] = row[interleaved ? 2 * (first + i) : first + i];
-      o.sin[i] = row[interleaved ? 2 * (first + i) + 1 : kRopeDim / 2 + first + i];
+    for (int j = 0; j < kGroups; ++j) {
+#pragma unroll
+      for (int v = 0; v < 4; ++v) visit(x[j][v]);
     }
   }
 
   __device__ __forceinline__ void round_all() {
-#pragma unroll
-    for (float& value : x) value = to_bf16_and_back(value);
+    for_each([](float& value) { value = to_bf16_and_back(value); });
   }
 
   __device__ __forceinline__ void normalize(const Operands& o, float eps) {
-    float sum = 0;
+    float sums[4] = {};  // side by side
 #pragma unroll
-    for (float value : x) sum += value * value;
+    for (int j = 0; j < kGroups; ++j) {
+#pragma unroll
+      for (int v = 0; v < 4; ++v) sums[v] += x[j][v] * x[j][v];
+    }
+    float sum = sums[0] + sums[1] + (sums[2] + sums[3]);
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) {
       sum += __shfl_xor_sync(kWholeWarp, sum, offset);
     }
-    const float factor = 1.0f / sqrtf(sum / kHeadDim + eps);
+    const float factor = __frsqrt_rn(sum / kHeadDim + eps);
 #pragma unroll
-    for (int k = 0; k < kChannels; ++k) x[k] = x[k] * factor * o.weight[k];
+    for (int j = 0; j < kGroups; ++j) {
+#pragma unroll
+      for (int v = 0; v < 4; ++v) x[j][v] = x[j][v] * factor * o.weight[j].x[v];
+    }
   }
 
   __device__ __forceinline__ void rotate(const Operands& o, int lane) {
     if (lane < kFirstRotated) return;
+    float (&last)[4] = x[kGroups - 1];
 #pragma unroll
-    for (int i = 0; i < kChannels / 2; ++i) {
-      const float even = x[2 * i], odd = x[2 * i + 1];
-      x[2 * i] = even * o.cos[i] - odd * o.sin[i];
-      x[2 * i + 1] = odd * o.cos[i] + even * o.sin[i];
+    for (int i = 0; i < 2; ++i) {
+      const float even = last[2 * i], odd = last[2 * i + 1];
+      last[2 * i] = even * o.cos[i] - odd * o.sin[i];
+      last[2 * i + 1] = odd * o.cos[i] + even * o.sin[i];
     }
   }
 
   __device__ __forceinline__ void transform_hadamard(int lane) {
+    const auto butterfly = [](float& low, float& high) {
+      const float sum = low + high;
+      high = low - high;
+      low = sum;
+    };
 #pragma unroll
-    for (int step = 1; step < kChannels; step *= 2) {
-#pragma unroll
-      for (int k = 0; k < kChannels; ++k) {
-        if ((k & step) != 0) continue;
-        const float low = x[k], high = x[k + step];
-        x[k] = low + high;
-        x[k + step] = low - high;
-      }
+    for (int j = 0; j < kGroups; ++j) {
+      butterfly(x[j][0], x[j][1]), butterfly(x[j][2], x[j][3]);
+      butterfly(x[j][0], x[j][2]), butterfly(x[j][1], x[j][3]);
     }
 #pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
+    for (int step = 16; step > 0; step /= 2) {
+      const float sign = (lane & step) != 0 ? -1.0f : 1.0f;
+      for_each([&](float& value) {
+        value = fmaf(value, sign, __shfl_xor_sync(kWholeWarp, value, step));
+      });
+    }
 #pragma unroll
-      for (float& value : x) {
-        const float other = __shfl_xor_sync(kWholeWarp, value, step);
-        value = (lane & step) != 0 ? other - value : value + other;
+    for (int v = 0; v < 4; ++v) {
+      if constexpr (kGroups == 4) {
+        butterfly(x[0][v], x[1][v]), butterfly(x[2][v], x[3][v]);
+        butterfly(x[0][v], x[2][v]), butterfly(x[1][v], x[3][v]);
       }
     }
     const float factor = 1.0f / sqrtf(static_cast<float>(kHeadDim));
-#pragma unroll
-    for (float& value : x) value *= factor;
+    for_each([&](float& value) { value *= factor; });
   }
 
   // All steps, in the order of the contract.
@@ -118,7 +169,7 @@ struct RecordStage {
       rotate(o, lane);
       if (round_each) round_all();
     }
-    if (options.hadamard) {
+    if (kFormat != RecordFormat::kFp8DsMla && options.hadamard) {
       transform_hadamard(lane);
       if (round_each) round_all();
     }
@@ -127,109 +178,88 @@ struct RecordStage {
   }
 
  private:
-  // Stores a lane's words of data, which are kWords * 4 bytes.
+  // Stores a lane's words, which are side by side.
   template <int kWords>
   static __device__ __forceinline__ void store_words(uint8_t* to, const uint32_t (&words)[kWords],
-                                                     bool in_words_of_16) {
-    if constexpr (kWords % 4 == 0) {
-      if (in_words_of_16) {
+                                                     bool together) {
+    if (kWords > 1 && together) {
+      Vector<uint32_t, kWords> vector;
 #pragma unroll
-        for (int i = 0; i < kWords; i += 4) {
-          *reinterpret_cast<uint4*>(to + 4 * i) =
-              make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
-        }
-        return;
+      for (int i = 0; i < kWords; ++i) vector.x[i] = words[i];
+      jax_dsv4::store(reinterpret_cast<uint32_t*>(to), vector);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) reinterpret_cast<uint32_t*>(to)[i] = words[i];
+    }
+  }
+
+  static __device__ __forceinline__ void store_bf16(uint8_t* to, const float (&group)[4],
+                                                    bool together) {
+    store_words<2>(to, {to_bf16x2(group[0], group[1]), to_bf16x2(group[2], group[3])}, together);
+  }
+
+  // The largest magnitude of a lane's block of each group.
+  __device__ __forceinline__ void find_amax(const RecordOptions& options,
+                                            float (&amax)[kGroups]) const {
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) {
+      amax[j] = least_amax<kFormat>(options);
+#pragma unroll
+      for (int v = 0; v < 4; ++v) amax[j] = larger_magnitude(amax[j], x[j][v]);
+    }
+#pragma unroll
+    for (int offset = Layout::kBlock / 8; offset > 0; offset /= 2) {
+#pragma unroll
+      for (int j = 0; j < kGroups; ++j) {
+        amax[j] = fmaxf(amax[j], __shfl_xor_sync(kWholeWarp, amax[j], offset));
       }
     }
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) reinterpret_cast<uint32_t*>(to)[i] = words[i];
-  }
-
-  __device__ __forceinline__ void store_bf16(uint8_t* to, bool in_words_of_16) const {
-    uint32_t words[kChannels / 2];
-#pragma unroll
-    for (int i = 0; i < kChannels / 2; ++i) {
-      words[i] = round_to<bf16>(x[2 * i]).bits |
-                 static_cast<uint32_t>(round_to<bf16>(x[2 * i + 1]).bits) << 16;
-    }
-    store_words(to, words, in_words_of_16);
-  }
-
-  __device__ __forceinline__ void store_e4m3(uint8_t* to, float factor, bool in_words_of_16) const {
-    uint32_t words[kChannels / 4];
-#pragma unroll
-    for (int i = 0; i < kChannels / 4; ++i) {
-      words[i] = 0;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) words[i] |= to_e4m3(x[4 * i + k] * factor) << (8 * k);
-    }
-    store_words(to, words, in_words_of_16);
-  }
-
-  // The scale of the block that a lane's channels belong to.
-  __device__ __forceinline__ BlockScale find_scale(const RecordOptions& options) const {
-    constexpr int kLanes = Layout::kBlock / kChannels;
-    float amax = least_amax<kFormat>(options);
-#pragma unroll
-    for (float value : x) amax = larger_magnitude(amax, value);
-#pragma unroll
-    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-      amax = fmaxf(amax, __shfl_xor_sync(kWholeWarp, amax, offset));
-    }
-    return scale_of<kFormat>(amax, options);
   }
 
   __device__ __forceinline__ void store(const RecordOptions& options, int lane,
                                         RecordRow row) const {
     using F = RecordFormat;
-    if constexpr (kFormat == F::kF32) {
-      uint32_t words[kChannels];
+    float amax[kGroups];
+    if constexpr (Layout::kBlock > 0) find_amax(options, amax);
+    if (!row.exists) return;
 #pragma unroll
-      for (int k = 0; k < kChannels; ++k) words[k] = bits_of(x[k]);
-      store_words(row.data + lane * kChannels * 4, words, row.in_words_of_16);
-    } else if constexpr (kFormat == F::kBf16) {
-      store_bf16(row.data + lane * kChannels * 2, row.in_words_of_16);
-    } else if constexpr (kFormat == F::kFp8) {
-      store_e4m3(row.data + lane * kChannels, 1.0f, row.in_words_of_16);
-    } else {
-      constexpr int kLanes = Layout::kBlock / kChannels;
-      const BlockScale scale = find_scale(options);
-      const int block = lane / kLanes;
-      const bool is_first = lane % kLanes == 0;
-      if constexpr (kFormat == F::kFp8DsMla) {
-        if (lane >= kFirstRotated) {
-          const int first = (lane - kFirstRotated) * kChannels;
-          store_bf16(row.data + kHeadDim - kRopeDim + 2 * first, row.in_words_of_16);
-        } else {
-          store_e4m3(row.data + lane * kChannels, scale.reciprocal, row.in_words_of_16);
-        }
-        if (is_first) row.scales[block] = lane >= kFirstRotated ? 0 : scale.exponent;
-      } else if constexpr (kFormat == F::kFp8Block128) {
-        store_e4m3(row.data + lane * kChannels, scale.reciprocal, row.in_words_of_16);
-        if (is_first) {
-          reinterpret_cast<uint32_t*>(row.scales)[block] = scale_word(scale, options.scales);
-        }
+    for (int j = 0; j < kGroups; ++j) {
+      const int first = j * 128 + lane * 4;  // channel
+      if constexpr (kFormat == F::kF32) {
+        const uint32_t words[4] = {bits_of(x[j][0]), bits_of(x[j][1]), bits_of(x[j][2]),
+                                   bits_of(x[j][3])};
+        store_words(row.data + 4 * first, words, row.is_16b_aligned);
+      } else if constexpr (kFormat == F::kBf16) {
+        store_bf16(row.data + 2 * first, x[j], row.is_16b_aligned);
+      } else if constexpr (kFormat == F::kFp8) {
+        store_words<1>(row.data + first, {to_e4m3x4(x[j], 1.0f)}, true);
       } else {
-        uint32_t codes[kChannels / 2];  // a byte each
-#pragma unroll
-        for (int i = 0; i < kChannels / 2; ++i) {
-          codes[i] = to_e2m1(divide_by_power_of_two(x[2 * i], scale.exponent)) |
-                     to_e2m1(divide_by_power_of_two(x[2 * i + 1], scale.exponent)) << 4;
-        }
-        uint8_t* const to = row.data + lane * (kChannels / 2);
-        if constexpr (kChannels % 8 == 0) {
-          uint32_t words[kChannels / 8];
-#pragma unroll
-          for (int i = 0; i < kChannels / 8; ++i) {
-            words[i] = codes[4 * i] | codes[4 * i + 1] << 8 | codes[4 * i + 2] << 16 |
-                       codes[4 * i + 3] << 24;
+        const BlockScale scale = scale_of<kFormat>(amax[j], options);
+        const bool is_first = lane % (Layout::kBlock / 4) == 0;
+        const int block = first / Layout::kBlock;
+        if constexpr (kFormat == F::kFp8DsMla) {
+          constexpr int kPlain = kHeadDim - kRopeDim;
+          const bool is_plain = first < kPlain;
+          if (is_first) row.scales[block] = is_plain ? scale.exponent : 0;
+          if (is_plain) {
+            store_words<1>(row.data + first, {to_e4m3x4(x[j], scale.reciprocal)}, true);
+          } else {
+            store_bf16(row.data + kPlain + 2 * (first - kPlain), x[j], row.is_16b_aligned);
           }
-          store_words(to, words, row.in_words_of_16);
+        } else if constexpr (kFormat == F::kFp8Block128) {
+          if (is_first) {
+            reinterpret_cast<uint32_t*>(row.scales)[block] = scale_word(scale, options.scales);
+          }
+          store_words<1>(row.data + first, {to_e4m3x4(x[j], scale.reciprocal)}, true);
         } else {
-          static_assert(kChannels == 4, "RecordStage: two bytes of a lane");
-          *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(codes[0] | codes[1] << 8);
+          if (is_first) row.scales[block] = static_cast<uint8_t>(scale.exponent);
+          uint32_t codes = 0;
+#pragma unroll
+          for (int v = 0; v < 4; ++v) {
+            codes |= to_e2m1(divide_by_power_of_two(x[j][v], scale.exponent)) << 4 * v;
+          }
+          *reinterpret_cast<uint16_t*>(row.data + first / 2) = static_cast<uint16_t>(codes);
         }
-        if (is_first) row.scales[block] = static_cast<uint8_t>(scale.exponent);
       }
     }
   }

@@ -55,6 +55,7 @@ struct StoreParams {
   int64_t page_bytes;
   int64_t group_pages;  // of all its layers
   bool values_are_bf16;
+  bool is_16b_aligned;  // every page
 
   // From one group to the next: N, D and so on, or 0 where all groups share the operand.
   uint32_t values_stride, slots_stride, positions_stride, weight_stride, layer_stride;
@@ -63,25 +64,35 @@ struct StoreParams {
   RecordOptions options;
 };
 
-// Where a value goes.
-struct RecordPlace {
-  uint8_t* page;  // null: nowhere
-  uint32_t row;
+// What says where a value goes: all that is loaded for it, before anything waits.
+struct RecordIndex {
+  int32_t slot;
   int32_t position;
+  int32_t layer;
 };
 
-JAX_DSV4_HD RecordPlace place_of(const StoreParams& p, uint32_t group, uint32_t index) {
-  const int32_t slot = p.slots[group * p.slots_stride + index];
-  const int32_t position = p.positions[group * p.positions_stride + index];
-  uint32_t layer = 0;
-  if (p.layer != nullptr) layer = p.layer[group * p.layer_stride];
-  const uint32_t page = static_cast<uint32_t>(slot) / p.page_size;
-  const bool exists = slot >= 0 && page < p.num_pages && layer < p.num_layers &&
-                      (p.table == nullptr || static_cast<uint32_t>(position) < p.num_positions);
-  if (!exists) return {nullptr, 0, 0};
-  const int64_t first = group * p.group_pages + int64_t{layer} * p.num_pages;
-  return {p.pool + (first + page) * p.page_bytes,
-          static_cast<uint32_t>(slot) - page * p.page_size.value, position};
+JAX_DSV4_HD RecordIndex load_index(const StoreParams& p, uint32_t group, uint32_t value) {
+  return {p.slots[group * p.slots_stride + value], p.positions[group * p.positions_stride + value],
+          p.layer == nullptr ? 0 : p.layer[group * p.layer_stride]};
+}
+
+struct RecordPlace {
+  bool exists;
+  int64_t page;  // of all groups and layers
+  uint32_t row;
+  uint32_t position;  // a row of the table; 0 where nothing exists
+};
+
+JAX_DSV4_HD RecordPlace find_place(const StoreParams& p, uint32_t group, const RecordIndex& index) {
+  const uint32_t slot = static_cast<uint32_t>(index.slot) & 0x7fffffffu;
+  const uint32_t page = slot / p.page_size;
+  const uint32_t layer = static_cast<uint32_t>(index.layer);
+  const uint32_t position = static_cast<uint32_t>(index.position);
+  // Without a branch, before which a warp would wait for all that it loads.
+  const bool exists = (index.slot >= 0) & (page < p.num_pages) & (layer < p.num_layers) &
+                      ((p.table == nullptr) | (position < p.num_positions));
+  return {exists, group * p.group_pages + int64_t{exists ? layer : 0} * p.num_pages + page,
+          slot - page * p.page_size.value, exists ? position : 0};
 }
 
 }  // namespace jax_dsv4

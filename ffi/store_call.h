@@ -166,6 +166,7 @@ inline ffi::ErrorOr<StoreCall> check_store(ffi::RemainingArgs operands, ffi::Rem
   p.page_bytes = page_bytes;
   p.group_pages = num_layers * num_pages;
   p.values_are_bf16 = values_dtype == ffi::DataType::BF16;
+  p.is_16b_aligned = (page_bytes | reinterpret_cast<intptr_t>(p.pool)) % 16 == 0;
   p.options = {a.rms_norm_eps, a.interleaved, a.hadamard, a.scale_floor, a.scales, a.rounding};
   return call;
 }

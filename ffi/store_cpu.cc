@@ -118,8 +118,8 @@ void store_record(const StoreParams& p, int64_t index) {
   using Layout = RecordLayout<kFormat, D>;
   const auto group = static_cast<uint32_t>(index / p.num_values);
   const auto value = static_cast<uint32_t>(index % p.num_values);
-  const RecordPlace place = place_of(p, group, value);
-  if (place.page == nullptr) return;
+  const RecordPlace place = find_place(p, group, load_index(p, group, value));
+  if (!place.exists) return;
   const RecordOptions& options = p.options;
   const int64_t from = (int64_t{group} * p.values_stride + value) * D;
   float x[D];
@@ -143,9 +143,10 @@ void store_record(const StoreParams& p, int64_t index) {
     if (round_each) round_all(x);
   }
   if (kIsQuantized<kFormat> && options.rounding == Rounding::kOnce) round_all(x);
-  encode<kFormat>(x, options, place.page + int64_t{place.row} * Layout::kData,
-                  place.page + int64_t{p.page_size.value} * Layout::kData +
-                      int64_t{place.row} * Layout::kScales);
+  uint8_t* const page = p.pool + place.page * p.page_bytes;
+  encode<kFormat>(
+      x, options, page + int64_t{place.row} * Layout::kData,
+      page + int64_t{p.page_size.value} * Layout::kData + int64_t{place.row} * Layout::kScales);
 }
 
 ffi::Future store_records(ffi::ThreadPool pool, ffi::RemainingArgs operands,

@@ -1,0 +1,117 @@
+// The time of one store_records launch, captured in a CUDA graph by hand, beside the least that
+// such a launch can take: an empty kernel of the same grid, and one that only makes its loads (slot
+// and position, then the row of the table; value and weight) and stores nothing.
+//
+//     nvcc -std=c++17 -O3 -arch=native -Iffi benchmarks/records.cu -o records
+//     ./records
+//
+// Cold: every call has values, slots, positions and records of its own, and between two launches of
+// the graph 256 MiB are read. Prints JSON lines, in microseconds.
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "graph.cuh"
+#include "store_launch.cuh"
+
+using namespace jax_dsv4;
+
+namespace {
+
+constexpr int64_t kPositions = 65536, kPageSize = 64;
+
+__global__ void empty_kernel() {}
+
+template <class Record>
+__global__ void __launch_bounds__(128) loads_kernel(const __grid_constant__ StoreParams p) {
+  using Stage = RecordStage<Record::kFormat, Record::kHeadDim>;
+  const int lane = threadIdx.x % 32;
+  const uint32_t index = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
+  if (index >= p.num_values) return;
+  Stage stage;
+  typename Stage::Operands operands;
+  const RecordIndex where = load_index(p, 0, index);
+  stage.load_value(static_cast<const float*>(p.values) + int64_t{index} * Record::kHeadDim, lane);
+  Stage::load_weight(p.norm_weight, lane, operands);
+  const RecordPlace place = find_place(p, 0, where);
+  Stage::load_rotation(p.table + place.position * kRopeDim, false, lane, operands);
+  float sum = operands.cos[0] + operands.cos[1] + operands.sin[0] + operands.sin[1];
+  for (int j = 0; j < Stage::kGroups; ++j) {
+    for (int v = 0; v < 4; ++v) sum += stage.x[j][v] * operands.weight[j].x[v];
+  }
+  if (sum == 1.2345f) *reinterpret_cast<float*>(p.pool) = sum;
+}
+
+template <class Record>
+void measure(uint32_t count) {
+  constexpr int D = Record::kHeadDim;
+  using Layout = typename Record::Layout;
+  const int64_t calls = count > 1000 ? 32 : 256;
+  const int64_t num_slots = std::max(calls * count, int64_t{1} << 18) / kPageSize * kPageSize;
+  const int64_t page_bytes = kPageSize * (Layout::kData + Layout::kScales);
+  std::mt19937 random(0);
+  std::vector<int32_t> slots(num_slots), positions(calls * count);
+  std::iota(slots.begin(), slots.end(), 0);
+  std::shuffle(slots.begin(), slots.end(), random);
+  for (int32_t& position : positions) position = random() % kPositions;
+
+  const Buffer<float> values(calls * count * D), weight(D), table(kPositions * kRopeDim);
+  const Buffer<int32_t> all_slots(slots), all_positions(positions);
+  const Buffer<uint8_t> pool(num_slots / kPageSize * page_bytes);
+  StoreParams p = {};
+  p.norm_weight = weight.get(), p.table = table.get(), p.pool = pool.get();
+  p.num_groups = 1, p.num_values = count, p.num_positions = kPositions, p.num_layers = 1;
+  p.num_pages = num_slots / kPageSize, p.page_size = Divisor(kPageSize);
+  p.page_bytes = page_bytes, p.group_pages = p.num_pages, p.is_16b_aligned = page_bytes % 16 == 0;
+  p.options.rms_norm_eps = 1e-6f, p.options.hadamard = D == 128;
+  p.options.rounding = D == 128 ? Rounding::kNone : Rounding::kOnce;
+
+  const size_t flushed = size_t{256} << 20;
+  const Buffer<float> cold(flushed / sizeof(float)), sink(1);
+  const auto time_of_calls = [&](int64_t from, auto call) {
+    return time_of([&](cudaStream_t stream) {
+      for (int64_t i = from; i < calls; ++i) {
+        p.values = values.get() + i * count * D;
+        p.slots = all_slots.get() + i * count, p.positions = all_positions.get() + i * count;
+        call(stream);
+      }
+      stream_kernel<<<4 * 132, 512, 0, stream>>>(vectors(cold), flushed / sizeof(float4), nullptr,
+                                                 0, sink.get());
+    });
+  };
+  const auto time_of_call = [&](auto call) {
+    const int64_t few = calls / 4;
+    return (time_of_calls(0, call) - time_of_calls(calls - few, call)) / (calls - few);
+  };
+  const double kernel =
+      time_of_call([&](cudaStream_t stream) { launch_store_records<Record>(stream, p); });
+  const uint32_t warps = store_warps(p);
+  const uint32_t ctas = (count + warps - 1) / warps;
+  const double loads = time_of_call(
+      [&](cudaStream_t stream) { loads_kernel<Record><<<ctas, 32 * warps, 0, stream>>>(p); });
+  const double empty =
+      time_of_call([&](cudaStream_t stream) { empty_kernel<<<ctas, 32 * warps, 0, stream>>>(); });
+  std::printf(
+      "{\"format\": \"%s\", \"head_dim\": %d, \"N\": %u, \"kernel\": %.2f, \"loads\": %.2f, "
+      "\"empty\": %.2f}\n",
+      kRecordFormatNames[static_cast<int>(Record::kFormat)], D, count, kernel, loads, empty);
+  std::fflush(stdout);
+}
+
+}  // namespace
+
+int main() {
+  using F = RecordFormat;
+  using Measured =
+      TypeList<Record<F::kF32, 512>, Record<F::kBf16, 512>, Record<F::kFp8, 512>,
+               Record<F::kFp8DsMla, 512>, Record<F::kFp8Block128, 128>, Record<F::kMxfp4, 128>>;
+  visit_any(Measured{}, [](auto record) {
+    for (uint32_t count : {1, 16, 64, 256, 8192}) measure<decltype(record)>(count);
+    return false;
+  });
+}
