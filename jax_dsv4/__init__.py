@@ -20,6 +20,7 @@ from jax_dsv4.records import (
     init_records,
     store_records,
 )
+from jax_dsv4.rope import make_cos_sin_cache
 from jax_dsv4.state import STATE_FORMATS, CompressorState, init_state
 from jax_dsv4.windows import CompletedWindows, completed_windows, num_compressed
 
@@ -41,6 +42,7 @@ __all__ = [
     "init_records",
     "init_state",
     "live_pages",
+    "make_cos_sin_cache",
     "num_compressed",
     "paged_kv_compress",
     "pages_needed",
