@@ -3,7 +3,7 @@
 // and position, then the row of the table; value and weight) and stores nothing.
 //
 //     nvcc -std=c++17 -O3 -arch=native -Iffi benchmarks/records.cu -o records
-//     ./records
+//     ./records [N...]
 //
 // Cold: every call has values, slots, positions and records of its own, and between two launches of
 // the graph 256 MiB are read. Prints JSON lines, in microseconds.
@@ -14,6 +14,7 @@
 #include <cstdio>
 #include <numeric>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "graph.cuh"
@@ -28,19 +29,23 @@ constexpr int64_t kPositions = 65536, kPageSize = 64;
 __global__ void empty_kernel() {}
 
 template <class Record>
-__global__ void __launch_bounds__(128) loads_kernel(const __grid_constant__ StoreParams p) {
+__global__ void loads_kernel(const __grid_constant__ StoreParams p) {
   using Stage = RecordStage<Record::kFormat, Record::kHeadDim>;
-  const int lane = threadIdx.x % 32;
-  const uint32_t index = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
+  const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
+  const uint32_t index = thread / Stage::kLanes;
   if (index >= p.num_values) return;
-  Stage stage;
+  const StoreGroup group = group_of(p, 0);
+  const RecordIndex where = {group.slots[index], group.positions[index]};
+  Stage stage = {static_cast<int>(thread % Stage::kLanes)};
   typename Stage::Operands operands;
-  const RecordIndex where = load_index(p, 0, index);
-  stage.load_value(static_cast<const float*>(p.values) + int64_t{index} * Record::kHeadDim, lane);
-  Stage::load_weight(p.norm_weight, lane, operands);
-  const RecordPlace place = find_place(p, 0, where);
-  Stage::load_rotation(p.table + place.position * kRopeDim, false, lane, operands);
-  float sum = operands.cos[0] + operands.cos[1] + operands.sin[0] + operands.sin[1];
+  stage.load_value(static_cast<const float*>(p.values) + int64_t{index} * Record::kHeadDim);
+  stage.load_weight(p.norm_weight, operands);
+  const RecordPlace place = find_place(p, group, where);
+  stage.load_rotation(group.table + int64_t{place.position} * kRopeDim, false, operands);
+  float sum = 0;
+  for (int g = 0; g < Stage::kRotated; ++g) {
+    for (int i = 0; i < 2; ++i) sum += operands.cos[g][i] + operands.sin[g][i];
+  }
   for (int j = 0; j < Stage::kGroups; ++j) {
     for (int v = 0; v < 4; ++v) sum += stage.x[j][v] * operands.weight[j].x[v];
   }
@@ -57,8 +62,10 @@ void measure(uint32_t count) {
   std::mt19937 random(0);
   std::vector<int32_t> slots(num_slots), positions(calls * count);
   std::iota(slots.begin(), slots.end(), 0);
-  std::shuffle(slots.begin(), slots.end(), random);
+  if (!std::getenv("SEQ")) std::shuffle(slots.begin(), slots.end(), random);
   for (int32_t& position : positions) position = random() % kPositions;
+  if (std::getenv("SEQ"))
+    for (size_t i = 0; i < positions.size(); ++i) positions[i] = i * 4 % kPositions;
 
   const Buffer<float> values(calls * count * D), weight(D), table(kPositions * kRopeDim);
   const Buffer<int32_t> all_slots(slots), all_positions(positions);
@@ -90,12 +97,12 @@ void measure(uint32_t count) {
   };
   const double kernel =
       time_of_call([&](cudaStream_t stream) { launch_store_records<Record>(stream, p); });
-  const uint32_t warps = store_warps(p);
-  const uint32_t ctas = (count + warps - 1) / warps;
-  const double loads = time_of_call(
-      [&](cudaStream_t stream) { loads_kernel<Record><<<ctas, 32 * warps, 0, stream>>>(p); });
-  const double empty =
-      time_of_call([&](cudaStream_t stream) { empty_kernel<<<ctas, 32 * warps, 0, stream>>>(); });
+  const StoreGrid grid = store_grid<Record>(p);
+  const double loads = time_of_call([&](cudaStream_t stream) {
+    loads_kernel<Record><<<grid.ctas, grid.threads, 0, stream>>>(p);
+  });
+  const double empty = time_of_call(
+      [&](cudaStream_t stream) { empty_kernel<<<grid.ctas, grid.threads, 0, stream>>>(); });
   std::printf(
       "{\"format\": \"%s\", \"head_dim\": %d, \"N\": %u, \"kernel\": %.2f, \"loads\": %.2f, "
       "\"empty\": %.2f}\n",
@@ -105,13 +112,18 @@ void measure(uint32_t count) {
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
   using F = RecordFormat;
   using Measured =
       TypeList<Record<F::kF32, 512>, Record<F::kBf16, 512>, Record<F::kFp8, 512>,
                Record<F::kFp8DsMla, 512>, Record<F::kFp8Block128, 128>, Record<F::kMxfp4, 128>>;
-  visit_any(Measured{}, [](auto record) {
-    for (uint32_t count : {1, 16, 64, 256, 8192}) measure<decltype(record)>(count);
+  std::vector<uint32_t> counts;
+  for (int i = 1; i < argc; ++i) counts.push_back(std::stoul(argv[i]));
+  if (counts.empty()) counts = {1, 16, 64, 256, 8192};
+  const char* only = std::getenv("ONLY");
+  visit_any(Measured{}, [&](auto record) {
+    if (only && only != std::string(kRecordFormatNames[(int)record.kFormat])) return false;
+    for (uint32_t count : counts) measure<decltype(record)>(count);
     return false;
   });
 }

@@ -1,5 +1,6 @@
-// The record of one value, made by one warp that holds it: norm, rotation, Hadamard transform,
-// quantiser, and the bytes of the row. Nothing but shuffles between its lanes. Device code only.
+// The record of one value, made by the lanes of a warp that hold it: norm, rotation, Hadamard
+// transform, quantiser, and the bytes of the row. Nothing but shuffles between them. Device code
+// only.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -41,46 +42,63 @@ __device__ __forceinline__ uint32_t to_e4m3x4(const float (&x)[4], float factor)
 #endif
 }
 
-// Four channels side by side in each lane, 128 in a warp; group j of them starts at channel 128 j.
-// So every load and store of a warp is of neighbours.
+// A value is in kLanes lanes of a warp, which call everything together with the warp's others: 16
+// channels in each, in four groups of the lanes' neighbours, four side by side. So every load and
+// store is of neighbours.
 template <RecordFormat kFormat, int kHeadDim>
 struct RecordStage {
-  static constexpr int kGroups = kHeadDim / 128;
-  static_assert(kHeadDim == 128 || kHeadDim == 512, "RecordStage: one group of channels, or four");
-  static constexpr int kFirstRotated = 16;  // lane, of the last group
+  static constexpr int kGroups = 4;
+  static constexpr int kLanes = kHeadDim / 16;
+  static constexpr int kWidth = 4 * kLanes;  // channels of a group
+  static_assert(kHeadDim == 128 || kHeadDim == 512, "RecordStage: lanes that divide a warp");
+  // The last groups; of one that is wider than what is rotated, the last lanes.
+  static constexpr int kRotated = kRopeDim > kWidth ? kRopeDim / kWidth : 1;
   using Layout = RecordLayout<kFormat, kHeadDim>;
 
+  int lane;  // of the value's
   float x[kGroups][4];
 
-  template <class Element>
-  __device__ __forceinline__ void load_value(const Element* value, int lane) {
+  __device__ __forceinline__ int channel(int group) const { return group * kWidth + 4 * lane; }
+
+  // Evicted first: nobody reads a value again.
+  __device__ __forceinline__ void load_value(const float* value) {
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
-      const auto part = load<Element, 4>(value + j * 128 + lane * 4);
+      const float4 part = __ldcs(reinterpret_cast<const float4*>(value + channel(j)));
+      x[j][0] = part.x, x[j][1] = part.y, x[j][2] = part.z, x[j][3] = part.w;
+    }
+  }
+  __device__ __forceinline__ void load_value(const bf16* value) {
 #pragma unroll
-      for (int v = 0; v < 4; ++v) x[j][v] = to_f32(part.x[v]);
+    for (int j = 0; j < kGroups; ++j) {
+      const uint2 part = __ldcs(reinterpret_cast<const uint2*>(value + channel(j)));
+      x[j][0] = float_of(part.x << 16), x[j][1] = float_of(part.x & 0xffff0000u);
+      x[j][2] = float_of(part.y << 16), x[j][3] = float_of(part.y & 0xffff0000u);
     }
   }
 
-  // What a lane needs of the weight and of the table, loaded before anything waits for it.
+  // What a lane needs of the weight and of a row of the table, loaded before anything waits for it.
   struct Operands {
     Vector<float, 4> weight[kGroups];
-    float cos[2], sin[2];
+    float cos[kRotated][2], sin[kRotated][2];
   };
 
-  static __device__ __forceinline__ void load_weight(const float* weight, int lane, Operands& o) {
+  __device__ __forceinline__ void load_weight(const float* weight, Operands& o) const {
 #pragma unroll
-    for (int j = 0; j < kGroups; ++j) o.weight[j] = load<float, 4>(weight + j * 128 + lane * 4);
+    for (int j = 0; j < kGroups; ++j) o.weight[j] = load<float, 4>(weight + channel(j));
   }
 
-  // `row`: of the table, 8-byte aligned; both halves of the warp load the same pairs.
-  static __device__ __forceinline__ void load_rotation(const float* row, bool interleaved, int lane,
-                                                       Operands& o) {
-    const int first = lane % 16 * 2;  // of 32 pairs
-    const auto low = load<float, 2>(row + (interleaved ? 2 * first : first));
-    const auto high = load<float, 2>(row + (interleaved ? 2 * first + 2 : first + kRopeDim / 2));
-    o.cos[0] = low.x[0], o.cos[1] = interleaved ? high.x[0] : low.x[1];
-    o.sin[0] = interleaved ? low.x[1] : high.x[0], o.sin[1] = high.x[1];
+  // `row`: of the table, 8-byte aligned. Lanes that rotate nothing load what others do.
+  __device__ __forceinline__ void load_rotation(const float* row, bool interleaved,
+                                                Operands& o) const {
+#pragma unroll
+    for (int g = 0; g < kRotated; ++g) {
+      const int first = channel(kGroups - kRotated + g) % kRopeDim / 2;  // of 32 pairs
+      const auto low = load<float, 2>(row + (interleaved ? 2 * first : first));
+      const auto high = load<float, 2>(row + (interleaved ? 2 * first + 2 : first + kRopeDim / 2));
+      o.cos[g][0] = low.x[0], o.cos[g][1] = interleaved ? high.x[0] : low.x[1];
+      o.sin[g][0] = interleaved ? low.x[1] : high.x[0], o.sin[g][1] = high.x[1];
+    }
   }
 
   template <class Visit>
@@ -93,7 +111,14 @@ struct RecordStage {
   }
 
   __device__ __forceinline__ void round_all() {
-    for_each([](float& value) { value = to_bf16_and_back(value); });
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) {
+#pragma unroll
+      for (int v = 0; v < 4; v += 2) {
+        const uint32_t pair = to_bf16x2(x[j][v], x[j][v + 1]);
+        x[j][v] = float_of(pair << 16), x[j][v + 1] = float_of(pair & 0xffff0000u);
+      }
+    }
   }
 
   __device__ __forceinline__ void normalize(const Operands& o, float eps) {
@@ -105,7 +130,7 @@ struct RecordStage {
     }
     float sum = sums[0] + sums[1] + (sums[2] + sums[3]);
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
       sum += __shfl_xor_sync(kWholeWarp, sum, offset);
     }
     const float factor = __frsqrt_rn(sum / kHeadDim + eps);
@@ -116,18 +141,21 @@ struct RecordStage {
     }
   }
 
-  __device__ __forceinline__ void rotate(const Operands& o, int lane) {
-    if (lane < kFirstRotated) return;
-    float (&last)[4] = x[kGroups - 1];
+  __device__ __forceinline__ void rotate(const Operands& o) {
+    if (channel(kGroups - kRotated) < kHeadDim - kRopeDim) return;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float even = last[2 * i], odd = last[2 * i + 1];
-      last[2 * i] = even * o.cos[i] - odd * o.sin[i];
-      last[2 * i + 1] = odd * o.cos[i] + even * o.sin[i];
+    for (int g = 0; g < kRotated; ++g) {
+      float (&group)[4] = x[kGroups - kRotated + g];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float even = group[2 * i], odd = group[2 * i + 1];
+        group[2 * i] = even * o.cos[g][i] - odd * o.sin[g][i];
+        group[2 * i + 1] = odd * o.cos[g][i] + even * o.sin[g][i];
+      }
     }
   }
 
-  __device__ __forceinline__ void transform_hadamard(int lane) {
+  __device__ __forceinline__ void transform_hadamard() {
     const auto butterfly = [](float& low, float& high) {
       const float sum = low + high;
       high = low - high;
@@ -139,7 +167,7 @@ struct RecordStage {
       butterfly(x[j][0], x[j][2]), butterfly(x[j][1], x[j][3]);
     }
 #pragma unroll
-    for (int step = 16; step > 0; step /= 2) {
+    for (int step = kLanes / 2; step > 0; step /= 2) {
       const float sign = (lane & step) != 0 ? -1.0f : 1.0f;
       for_each([&](float& value) {
         value = fmaf(value, sign, __shfl_xor_sync(kWholeWarp, value, step));
@@ -147,10 +175,8 @@ struct RecordStage {
     }
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
-      if constexpr (kGroups == 4) {
-        butterfly(x[0][v], x[1][v]), butterfly(x[2][v], x[3][v]);
-        butterfly(x[0][v], x[2][v]), butterfly(x[1][v], x[3][v]);
-      }
+      butterfly(x[0][v], x[1][v]), butterfly(x[2][v], x[3][v]);
+      butterfly(x[0][v], x[2][v]), butterfly(x[1][v], x[3][v]);
     }
     const float factor = 1.0f / sqrtf(static_cast<float>(kHeadDim));
     for_each([&](float& value) { value *= factor; });
@@ -158,7 +184,7 @@ struct RecordStage {
 
   // All steps, in the order of the contract.
   __device__ __forceinline__ void finish(const Operands& o, bool has_norm, bool has_rotation,
-                                         const RecordOptions& options, int lane, RecordRow row) {
+                                         const RecordOptions& options, RecordRow row) {
     const bool round_each = options.rounding == Rounding::kModel;
     if (round_each) round_all();
     if (has_norm) {
@@ -166,15 +192,15 @@ struct RecordStage {
       if (round_each) round_all();
     }
     if (has_rotation) {
-      rotate(o, lane);
+      rotate(o);
       if (round_each) round_all();
     }
     if (kFormat != RecordFormat::kFp8DsMla && options.hadamard) {
-      transform_hadamard(lane);
+      transform_hadamard();
       if (round_each) round_all();
     }
     if (kIsQuantized<kFormat> && options.rounding == Rounding::kOnce) round_all();
-    store(options, lane, row);
+    store(options, row);
   }
 
  private:
@@ -198,33 +224,39 @@ struct RecordStage {
     store_words<2>(to, {to_bf16x2(group[0], group[1]), to_bf16x2(group[2], group[3])}, together);
   }
 
-  // The largest magnitude of a lane's block of each group.
+  // The largest magnitude of the block that each group of a lane belongs to.
   __device__ __forceinline__ void find_amax(const RecordOptions& options,
                                             float (&amax)[kGroups]) const {
+    constexpr bool kIsWhole = Layout::kBlock > kWidth;  // all groups are one block
+    static_assert(!kIsWhole || Layout::kBlock == kHeadDim, "RecordStage: blocks of groups");
+    constexpr int kBlocks = kIsWhole ? 1 : kGroups;
+    constexpr int kBlockLanes = kIsWhole ? kLanes : Layout::kBlock / 4;
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
-      amax[j] = least_amax<kFormat>(options);
+      float& largest = amax[kIsWhole ? 0 : j];
+      if (j < kBlocks) largest = least_amax<kFormat>(options);
 #pragma unroll
-      for (int v = 0; v < 4; ++v) amax[j] = larger_magnitude(amax[j], x[j][v]);
+      for (int v = 0; v < 4; ++v) largest = larger_magnitude(largest, x[j][v]);
     }
 #pragma unroll
-    for (int offset = Layout::kBlock / 8; offset > 0; offset /= 2) {
+    for (int offset = kBlockLanes / 2; offset > 0; offset /= 2) {
 #pragma unroll
-      for (int j = 0; j < kGroups; ++j) {
+      for (int j = 0; j < kBlocks; ++j) {
         amax[j] = fmaxf(amax[j], __shfl_xor_sync(kWholeWarp, amax[j], offset));
       }
     }
+#pragma unroll
+    for (int j = kBlocks; j < kGroups; ++j) amax[j] = amax[0];
   }
 
-  __device__ __forceinline__ void store(const RecordOptions& options, int lane,
-                                        RecordRow row) const {
+  __device__ __forceinline__ void store(const RecordOptions& options, RecordRow row) const {
     using F = RecordFormat;
     float amax[kGroups];
     if constexpr (Layout::kBlock > 0) find_amax(options, amax);
     if (!row.exists) return;
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
-      const int first = j * 128 + lane * 4;  // channel
+      const int first = channel(j);
       if constexpr (kFormat == F::kF32) {
         const uint32_t words[4] = {bits_of(x[j][0]), bits_of(x[j][1]), bits_of(x[j][2]),
                                    bits_of(x[j][3])};
@@ -235,7 +267,7 @@ struct RecordStage {
         store_words<1>(row.data + first, {to_e4m3x4(x[j], 1.0f)}, true);
       } else {
         const BlockScale scale = scale_of<kFormat>(amax[j], options);
-        const bool is_first = lane % (Layout::kBlock / 4) == 0;
+        const bool is_first = first % Layout::kBlock == 0;
         const int block = first / Layout::kBlock;
         if constexpr (kFormat == F::kFp8DsMla) {
           constexpr int kPlain = kHeadDim - kRopeDim;

@@ -64,35 +64,48 @@ struct StoreParams {
   RecordOptions options;
 };
 
-// What says where a value goes: all that is loaded for it, before anything waits.
+// What one group stores, and where.
+struct StoreGroup {
+  const int32_t* slots;
+  const int32_t* positions;
+  const float* table;
+  int64_t first_page;  // of its layer
+  uint32_t num_pages;  // 0: the layer does not exist
+};
+
+JAX_DSV4_HD StoreGroup group_of(const StoreParams& p, uint32_t group) {
+  const uint32_t layer =
+      p.layer == nullptr ? 0 : static_cast<uint32_t>(p.layer[group * p.layer_stride]);
+  const bool exists = layer < p.num_layers;
+  return {p.slots + group * p.slots_stride, p.positions + group * p.positions_stride,
+          p.table + group * p.table_stride * kRopeDim,
+          group * p.group_pages + int64_t{exists ? layer : 0} * p.num_pages,
+          exists ? p.num_pages : 0};
+}
+
+// What is loaded for the place of a value, before anything waits for it.
 struct RecordIndex {
   int32_t slot;
   int32_t position;
-  int32_t layer;
 };
-
-JAX_DSV4_HD RecordIndex load_index(const StoreParams& p, uint32_t group, uint32_t value) {
-  return {p.slots[group * p.slots_stride + value], p.positions[group * p.positions_stride + value],
-          p.layer == nullptr ? 0 : p.layer[group * p.layer_stride]};
-}
 
 struct RecordPlace {
   bool exists;
-  int64_t page;  // of all groups and layers
+  uint32_t page;  // of the group's layer; 0 where nothing exists, as the others
   uint32_t row;
-  uint32_t position;  // a row of the table; 0 where nothing exists
+  uint32_t position;  // a row of the table
 };
 
-JAX_DSV4_HD RecordPlace find_place(const StoreParams& p, uint32_t group, const RecordIndex& index) {
+// Without a branch: before one a warp waits for all that it loads.
+JAX_DSV4_HD RecordPlace find_place(const StoreParams& p, const StoreGroup& group,
+                                   RecordIndex index) {
   const uint32_t slot = static_cast<uint32_t>(index.slot) & 0x7fffffffu;
-  const uint32_t page = slot / p.page_size;
-  const uint32_t layer = static_cast<uint32_t>(index.layer);
   const uint32_t position = static_cast<uint32_t>(index.position);
-  // Without a branch, before which a warp would wait for all that it loads.
-  const bool exists = (index.slot >= 0) & (page < p.num_pages) & (layer < p.num_layers) &
+  const uint32_t page = slot / p.page_size;
+  const bool exists = (index.slot >= 0) & (page < group.num_pages) &
                       ((p.table == nullptr) | (position < p.num_positions));
-  return {exists, group * p.group_pages + int64_t{exists ? layer : 0} * p.num_pages + page,
-          slot - page * p.page_size.value, exists ? position : 0};
+  return {exists, exists ? page : 0, exists ? slot - page * p.page_size.value : 0,
+          exists ? position : 0};
 }
 
 }  // namespace jax_dsv4

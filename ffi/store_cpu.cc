@@ -118,7 +118,8 @@ void store_record(const StoreParams& p, int64_t index) {
   using Layout = RecordLayout<kFormat, D>;
   const auto group = static_cast<uint32_t>(index / p.num_values);
   const auto value = static_cast<uint32_t>(index % p.num_values);
-  const RecordPlace place = find_place(p, group, load_index(p, group, value));
+  const StoreGroup g = group_of(p, group);
+  const RecordPlace place = find_place(p, g, {g.slots[value], g.positions[value]});
   if (!place.exists) return;
   const RecordOptions& options = p.options;
   const int64_t from = (int64_t{group} * p.values_stride + value) * D;
@@ -134,8 +135,7 @@ void store_record(const StoreParams& p, int64_t index) {
     if (round_each) round_all(x);
   }
   if (p.table != nullptr) {
-    const float* rows = p.table + group * p.table_stride * kRopeDim;
-    rotate(x, rows + int64_t{place.position} * kRopeDim, options.interleaved);
+    rotate(x, g.table + int64_t{place.position} * kRopeDim, options.interleaved);
     if (round_each) round_all(x);
   }
   if (options.hadamard) {
@@ -143,7 +143,7 @@ void store_record(const StoreParams& p, int64_t index) {
     if (round_each) round_all(x);
   }
   if (kIsQuantized<kFormat> && options.rounding == Rounding::kOnce) round_all(x);
-  uint8_t* const page = p.pool + place.page * p.page_bytes;
+  uint8_t* const page = p.pool + (g.first_page + place.page) * p.page_bytes;
   encode<kFormat>(
       x, options, page + int64_t{place.row} * Layout::kData,
       page + int64_t{p.page_size.value} * Layout::kData + int64_t{place.row} * Layout::kScales);

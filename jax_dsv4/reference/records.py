@@ -182,7 +182,8 @@ def _quantize_e4m3(x: Array, block: int, format: RecordFormat) -> tuple[Array, A
         exponent = jnp.maximum(exponent, 127 - 13)
     if format.has_power_of_two_scales:
         scale = _power_of_two(exponent)
-    codes = to_e4m3(blocks * (1 / scale)[..., None]).reshape(x.shape)
+    reciprocal = jax.lax.optimization_barrier(1 / scale)  # XLA would divide by the scale instead
+    codes = to_e4m3(blocks * reciprocal[..., None]).reshape(x.shape)
     if format.name == "fp8_ds_mla":
         return codes, exponent.astype(jnp.uint8)
     if format.scales == "ue8m0":
