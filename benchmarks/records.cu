@@ -28,12 +28,10 @@ constexpr int64_t kPositions = 65536, kPageSize = 64;
 
 __global__ void empty_kernel() {}
 
-template <class Record>
+template <class Record, class Stage>
 __global__ void loads_kernel(const __grid_constant__ StoreParams p) {
-  using Stage = RecordStage<Record::kFormat, Record::kHeadDim>;
   const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
-  const uint32_t index = thread / Stage::kLanes;
-  if (index >= p.num_values) return;
+  const uint32_t index = min(thread / Stage::kLanes, p.num_values - 1);
   const StoreGroup group = group_of(p, 0);
   const RecordIndex where = {group.slots[index], group.positions[index]};
   Stage stage = {static_cast<int>(thread % Stage::kLanes)};
@@ -62,10 +60,11 @@ void measure(uint32_t count) {
   std::mt19937 random(0);
   std::vector<int32_t> slots(num_slots), positions(calls * count);
   std::iota(slots.begin(), slots.end(), 0);
-  if (!std::getenv("SEQ")) std::shuffle(slots.begin(), slots.end(), random);
-  for (int32_t& position : positions) position = random() % kPositions;
-  if (std::getenv("SEQ"))
-    for (size_t i = 0; i < positions.size(); ++i) positions[i] = i * 4 % kPositions;
+  // A decode step's rows lie anywhere, those of a prompt side by side.
+  if (count <= kFewValues) std::shuffle(slots.begin(), slots.end(), random);
+  for (size_t i = 0; i < positions.size(); ++i) {
+    positions[i] = (count <= kFewValues ? random() : 4 * i) % kPositions;
+  }
 
   const Buffer<float> values(calls * count * D), weight(D), table(kPositions * kRopeDim);
   const Buffer<int32_t> all_slots(slots), all_positions(positions);
@@ -97,12 +96,16 @@ void measure(uint32_t count) {
   };
   const double kernel =
       time_of_call([&](cudaStream_t stream) { launch_store_records<Record>(stream, p); });
-  const StoreGrid grid = store_grid<Record>(p);
-  const double loads = time_of_call([&](cudaStream_t stream) {
-    loads_kernel<Record><<<grid.ctas, grid.threads, 0, stream>>>(p);
-  });
-  const double empty = time_of_call(
-      [&](cudaStream_t stream) { empty_kernel<<<grid.ctas, grid.threads, 0, stream>>>(); });
+  const bool few = count <= kFewValues;
+  const uint32_t threads = few ? 32 : kStoreThreads;
+  const uint32_t values_of_cta = threads / (few ? 32 : D / 16);
+  const uint32_t ctas = (count + values_of_cta - 1) / values_of_cta;
+  const auto loads_only =
+      few ? loads_kernel<Record, StageOfFew<Record>> : loads_kernel<Record, StageOfMany<Record>>;
+  const double loads =
+      time_of_call([&](cudaStream_t stream) { loads_only<<<ctas, threads, 0, stream>>>(p); });
+  const double empty =
+      time_of_call([&](cudaStream_t stream) { empty_kernel<<<ctas, threads, 0, stream>>>(); });
   std::printf(
       "{\"format\": \"%s\", \"head_dim\": %d, \"N\": %u, \"kernel\": %.2f, \"loads\": %.2f, "
       "\"empty\": %.2f}\n",
@@ -120,9 +123,7 @@ int main(int argc, char** argv) {
   std::vector<uint32_t> counts;
   for (int i = 1; i < argc; ++i) counts.push_back(std::stoul(argv[i]));
   if (counts.empty()) counts = {1, 16, 64, 256, 8192};
-  const char* only = std::getenv("ONLY");
   visit_any(Measured{}, [&](auto record) {
-    if (only && only != std::string(kRecordFormatNames[(int)record.kFormat])) return false;
     for (uint32_t count : counts) measure<decltype(record)>(count);
     return false;
   });

@@ -34,6 +34,7 @@ FORMATS = (
 )
 COUNTS = (1, 16, 64, 256, 8192)
 PAGE_SIZE = 64
+NUM_POSITIONS = 1 << 16
 COLD_BYTES = 1 << 30
 
 
@@ -56,19 +57,23 @@ def make_program(calls: int, implementation: str, options: dict):
 
 
 def measure(format: str, head_dim: int, options: dict, count: int, implementation: str) -> float:
-    """Microseconds per call, median of 7."""
+    """Microseconds per call, median of 15."""
     rng = np.random.default_rng(0)
-    calls = 16 if count > 1000 else 32 if implementation == "xla" else 64
+    is_prompt = count > 1000  # whose rows lie side by side, where a decode step's lie anywhere
+    calls = 16 if is_prompt else 32 if implementation == "xla" else 128
     num_slots = max(calls * count, 1 << 14)
     records = init_records(num_slots // PAGE_SIZE, PAGE_SIZE, head_dim=head_dim, format=format)
-    slots = rng.permutation(num_slots)[: calls * count].reshape(calls, count)
+    slots, positions = np.arange(calls * count), 4 * np.arange(calls * count) % NUM_POSITIONS
+    if not is_prompt:
+        slots = rng.permutation(num_slots)[: calls * count]
+        positions = rng.integers(0, NUM_POSITIONS, calls * count)
     keys = iter(jax.random.split(jax.random.key(0), calls + 2))
     rest = (
         [jax.random.normal(next(keys), (count, head_dim)) for _ in range(calls)],
-        [jnp.asarray(x, jnp.int32) for x in slots],
-        [jnp.asarray(x, jnp.int32) for x in rng.integers(0, 1 << 16, (calls, count))],
+        [jnp.asarray(x, jnp.int32) for x in slots.reshape(calls, count)],
+        [jnp.asarray(x, jnp.int32) for x in positions.reshape(calls, count)],
         jax.random.normal(next(keys), (head_dim,)),
-        jax.random.normal(next(keys), (1 << 16, 64)),
+        jax.random.normal(next(keys), (NUM_POSITIONS, 64)),
         jnp.ones(COLD_BYTES // 4, jnp.float32),
     )
 
@@ -86,10 +91,10 @@ def measure(format: str, head_dim: int, options: dict, count: int, implementatio
         time_runs(program, 3)  # compiles
         programs[program] = max(4, int(0.03 / (time_runs(program, 3) / 3)))
     rounds = [
-        [time_runs(program, runs) / runs for program, runs in programs.items()] for _ in range(7)
+        [time_runs(program, runs) / runs for program, runs in programs.items()] for _ in range(15)
     ]
-    of_many, of_few = map(statistics.median, zip(*rounds, strict=True))
-    return 1e6 * (of_many - of_few) / (calls - calls // 4)
+    difference = statistics.median(many - few for many, few in rounds)
+    return 1e6 * difference / (calls - calls // 4)
 
 
 def copy_rate() -> float:

@@ -42,15 +42,16 @@ __device__ __forceinline__ uint32_t to_e4m3x4(const float (&x)[4], float factor)
 #endif
 }
 
-// A value is in kLanes lanes of a warp, which call everything together with the warp's others: 16
-// channels in each, in four groups of the lanes' neighbours, four side by side. So every load and
-// store is of neighbours.
-template <RecordFormat kFormat, int kHeadDim>
+// A value is in kLanes lanes of a warp, which call everything together with the warp's others. A
+// lane has four channels side by side of each group, and its neighbours the next ones: so every
+// load and store is of neighbours. One group per lane takes the least time, four the fewest
+// instructions.
+template <RecordFormat kFormat, int kHeadDim, int kValueLanes>
 struct RecordStage {
-  static constexpr int kGroups = 4;
-  static constexpr int kLanes = kHeadDim / 16;
+  static constexpr int kLanes = kValueLanes;
   static constexpr int kWidth = 4 * kLanes;  // channels of a group
-  static_assert(kHeadDim == 128 || kHeadDim == 512, "RecordStage: lanes that divide a warp");
+  static constexpr int kGroups = kHeadDim / kWidth;
+  static_assert(32 % kLanes == 0 && (kGroups == 1 || kGroups == 4), "RecordStage: unknown lanes");
   // The last groups; of one that is wider than what is rotated, the last lanes.
   static constexpr int kRotated = kRopeDim > kWidth ? kRopeDim / kWidth : 1;
   using Layout = RecordLayout<kFormat, kHeadDim>;
@@ -173,10 +174,12 @@ struct RecordStage {
         value = fmaf(value, sign, __shfl_xor_sync(kWholeWarp, value, step));
       });
     }
+    if constexpr (kGroups == 4) {
 #pragma unroll
-    for (int v = 0; v < 4; ++v) {
-      butterfly(x[0][v], x[1][v]), butterfly(x[2][v], x[3][v]);
-      butterfly(x[0][v], x[2][v]), butterfly(x[1][v], x[3][v]);
+      for (int v = 0; v < 4; ++v) {
+        butterfly(x[0][v], x[1][v]), butterfly(x[2][v], x[3][v]);
+        butterfly(x[0][v], x[2][v]), butterfly(x[1][v], x[3][v]);
+      }
     }
     const float factor = 1.0f / sqrtf(static_cast<float>(kHeadDim));
     for_each([&](float& value) { value *= factor; });

@@ -11,15 +11,20 @@
 
 namespace jax_dsv4 {
 
-// Few values are spread over the whole chip, in CTAs of one warp.
-inline constexpr int64_t kFewChannels = 512 << 10;
-inline constexpr uint32_t kStoreWarps = 4;
+// Few values are spread over the whole chip, each in a CTA of one warp. Of many, each has the lanes
+// that it needs, in CTAs of four warps.
+inline constexpr int64_t kFewValues = 1024;
+inline constexpr uint32_t kStoreThreads = 128;
 
-// As many lanes as hold a value make its record.
-template <class Record, class Value>
-__global__ void __launch_bounds__(32 * kStoreWarps, 8)
+template <class Record>
+using StageOfFew = RecordStage<Record::kFormat, Record::kHeadDim, 32>;
+template <class Record>
+using StageOfMany = RecordStage<Record::kFormat, Record::kHeadDim, Record::kHeadDim / 16>;
+
+// The lanes that hold a value make its record.
+template <class Record, class Stage, class Value>
+__global__ void __launch_bounds__(kStoreThreads, 8)
     store_records_kernel(const __grid_constant__ StoreParams p) {
-  using Stage = RecordStage<Record::kFormat, Record::kHeadDim>;
   using Layout = typename Record::Layout;
   constexpr int D = Record::kHeadDim;
   const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
@@ -48,25 +53,22 @@ __global__ void __launch_bounds__(32 * kStoreWarps, 8)
        page + int64_t{p.page_size.value} * Layout::kData + int64_t{place.row} * Layout::kScales});
 }
 
-struct StoreGrid {
-  dim3 ctas;
-  uint32_t threads;
-};
-
-template <class Record>
-StoreGrid store_grid(const StoreParams& p) {
-  const int64_t threads = int64_t{p.num_values} * (Record::kHeadDim / 16);
-  const int64_t channels = p.num_groups * int64_t{p.num_values} * Record::kHeadDim;
-  const uint32_t of_cta = channels <= kFewChannels ? 32 : 32 * kStoreWarps;
-  return {dim3(static_cast<uint32_t>((threads + of_cta - 1) / of_cta), p.num_groups), of_cta};
+template <class Record, class Stage>
+void launch_store_records_in(cudaStream_t stream, const StoreParams& p, uint32_t threads) {
+  const uint32_t values = threads / Stage::kLanes;
+  const dim3 grid((p.num_values + values - 1) / values, p.num_groups);
+  const auto kernel = p.values_are_bf16 ? store_records_kernel<Record, Stage, bf16>
+                                        : store_records_kernel<Record, Stage, float>;
+  kernel<<<grid, threads, 0, stream>>>(p);
 }
 
 template <class Record>
 void launch_store_records(cudaStream_t stream, const StoreParams& p) {
-  const StoreGrid grid = store_grid<Record>(p);
-  const auto kernel =
-      p.values_are_bf16 ? store_records_kernel<Record, bf16> : store_records_kernel<Record, float>;
-  kernel<<<grid.ctas, grid.threads, 0, stream>>>(p);
+  if (p.num_groups * int64_t{p.num_values} <= kFewValues) {
+    launch_store_records_in<Record, StageOfFew<Record>>(stream, p, 32);
+  } else {
+    launch_store_records_in<Record, StageOfMany<Record>>(stream, p, kStoreThreads);
+  }
 }
 
 }  // namespace jax_dsv4
