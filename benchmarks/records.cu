@@ -32,14 +32,15 @@ template <class Record, class Stage>
 __global__ void loads_kernel(const __grid_constant__ StoreParams p) {
   const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
   const uint32_t index = min(thread / Stage::kLanes, p.num_values - 1);
-  const StoreGroup group = group_of(p, 0);
-  const RecordIndex where = {group.slots[index], group.positions[index]};
+  const RecordPages pages = pages_of(p.pool, 0);
+  const int32_t slot = p.slots[index], position = p.positions[index];
   Stage stage = {static_cast<int>(thread % Stage::kLanes)};
   typename Stage::Operands operands;
   stage.load_value(static_cast<const float*>(p.values) + int64_t{index} * Record::kHeadDim);
   stage.load_weight(p.norm_weight, operands);
-  const RecordPlace place = find_place(p, group, where);
-  stage.load_rotation(group.table + int64_t{place.position} * kRopeDim, false, operands);
+  const RecordPlace place = find_place(p.pool, pages, slot, p.has_position(position));
+  const int64_t row = place.exists ? position : 0;
+  stage.load_rotation(p.table + row * kRopeDim, false, operands);
   float sum = 0;
   for (int g = 0; g < Stage::kRotated; ++g) {
     for (int i = 0; i < 2; ++i) sum += operands.cos[g][i] + operands.sin[g][i];
@@ -47,7 +48,7 @@ __global__ void loads_kernel(const __grid_constant__ StoreParams p) {
   for (int j = 0; j < Stage::kGroups; ++j) {
     for (int v = 0; v < 4; ++v) sum += stage.x[j][v] * operands.weight[j].x[v];
   }
-  if (sum == 1.2345f) *reinterpret_cast<float*>(p.pool) = sum;
+  if (sum == 1.2345f) *reinterpret_cast<float*>(p.pool.data) = sum;
 }
 
 template <class Record>
@@ -70,10 +71,11 @@ void measure(uint32_t count) {
   const Buffer<int32_t> all_slots(slots), all_positions(positions);
   const Buffer<uint8_t> pool(num_slots / kPageSize * page_bytes);
   StoreParams p = {};
-  p.norm_weight = weight.get(), p.table = table.get(), p.pool = pool.get();
-  p.num_groups = 1, p.num_values = count, p.num_positions = kPositions, p.num_layers = 1;
-  p.num_pages = num_slots / kPageSize, p.page_size = Divisor(kPageSize);
-  p.page_bytes = page_bytes, p.group_pages = p.num_pages, p.is_16b_aligned = page_bytes % 16 == 0;
+  p.norm_weight = weight.get(), p.table = table.get();
+  p.num_groups = 1, p.num_values = count, p.num_positions = kPositions;
+  p.pool.data = pool.get(), p.pool.num_layers = 1, p.pool.num_pages = num_slots / kPageSize;
+  p.pool.page_size = Divisor(kPageSize), p.pool.page_bytes = page_bytes;
+  p.pool.is_16b_aligned = page_bytes % 16 == 0;
   p.options.rms_norm_eps = 1e-6f, p.options.hadamard = D == 128;
   p.options.rounding = D == 128 ? Rounding::kNone : Rounding::kOnce;
 

@@ -4,11 +4,12 @@
 
 #include "config.h"
 #include "module.h"
-#include "store.h"
+#include "record_pool.h"
 #include "tuning.h"
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(PagedKvCompressCpu);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(StoreRecordsCpu);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(DequantizeRecordsCpu);
 
 namespace jax_dsv4 {
 namespace {
@@ -18,7 +19,7 @@ const char* name_of(DType dtype) { return dtype == DType::kBF16 ? "bfloat16" : "
 }  // namespace
 
 NB_MODULE(_cpu, m) {
-  export_handlers(m, &PagedKvCompressCpu, &StoreRecordsCpu);
+  export_handlers(m, &PagedKvCompressCpu, &StoreRecordsCpu, &DequantizeRecordsCpu);
 
   nb::list kinds, dtypes, formats;
   visit_any(Kinds{}, [&](auto kind) {

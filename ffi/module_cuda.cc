@@ -4,5 +4,8 @@
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(PagedKvCompressCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(StoreRecordsCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(DequantizeRecordsCuda);
 
-NB_MODULE(_cuda, m) { jax_dsv4::export_handlers(m, &PagedKvCompressCuda, &StoreRecordsCuda); }
+NB_MODULE(_cuda, m) {
+  jax_dsv4::export_handlers(m, &PagedKvCompressCuda, &StoreRecordsCuda, &DequantizeRecordsCuda);
+}

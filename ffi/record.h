@@ -188,4 +188,70 @@ JAX_DSV4_HD uint32_t scale_word(const BlockScale& scale, Scales scales) {
   return scales == Scales::kUe8m0 ? scale.exponent * 0x01010101u : bits_of(scale.scale);
 }
 
+// ------------------------------------------------------------------------------------- readers
+
+template <int kMantissaBits, int kBias, int kSignBit>
+JAX_DSV4_HD float from_small_float(uint32_t code) {
+  const uint32_t magnitude = code & ((1u << kSignBit) - 1);
+  const float normal =
+      float_of((magnitude << (23 - kMantissaBits)) + (uint32_t{127 - kBias} << 23));
+  // Below the smallest normal number codes are multiples of the smallest number.
+  const float subnormal = static_cast<float>(magnitude) * power_of_two(128 - kBias - kMantissaBits);
+  const float value = magnitude < (1u << kMantissaBits) ? subnormal : normal;
+  return float_of(bits_of(value) | (code >> kSignBit & 1) << 31);
+}
+
+JAX_DSV4_HD float from_e4m3(uint32_t code) {
+  const float value = from_small_float<3, 7, 7>(code);
+  return (code & 0x7f) == 0x7f ? float_of(0x7fc00000) : value;
+}
+
+// Times 2^(exponent - 127).
+JAX_DSV4_HD float from_e2m1(uint32_t code, uint32_t exponent) {
+  // The only product that is denormal, for which arithmetic may take 0: half of 2^-126.
+  if (exponent == 1 && (code & 7) == 1) return float_of(0x400000 | (code & 8) << 28);
+  return from_small_float<1, 1, 3>(code) * power_of_two(exponent);
+}
+
+JAX_DSV4_HD uint32_t load_word(const uint8_t* from) {  // 4-byte aligned
+#ifdef __CUDA_ARCH__
+  return *reinterpret_cast<const uint32_t*>(from);
+#else
+  uint32_t word;
+  std::memcpy(&word, from, sizeof(word));
+  return word;
+#endif
+}
+
+// Four channels from `first` on, a multiple of 4, of a record whose data and scales these are.
+template <RecordFormat kFormat, int kHeadDim>
+JAX_DSV4_HD void read_channels(const uint8_t* data, const uint8_t* scales, Scales kind, int first,
+                               float (&x)[4]) {
+  using F = RecordFormat;
+  constexpr int kPlain = kFormat == F::kFp8DsMla ? kHeadDim - kRopeDim : kHeadDim;
+  if (kFormat == F::kF32) {
+    for (int v = 0; v < 4; ++v) x[v] = float_of(load_word(data + 4 * (first + v)));
+  } else if (kFormat == F::kBf16 || first >= kPlain) {
+    const uint8_t* const from =
+        kFormat == F::kBf16 ? data + 2 * first : data + kPlain + 2 * (first - kPlain);
+    for (int v = 0; v < 4; v += 2) {
+      const uint32_t pair = load_word(from + 2 * v);
+      x[v] = float_of(pair << 16), x[v + 1] = float_of(pair & 0xffff0000u);
+    }
+  } else if (kFormat == F::kMxfp4) {
+    const uint32_t exponent = scales[first / 32];
+    const uint32_t codes = data[first / 2] | data[first / 2 + 1] << 8;
+    for (int v = 0; v < 4; ++v) x[v] = from_e2m1(codes >> 4 * v & 15, exponent);
+  } else {
+    float scale = 1.0f;
+    if (kFormat == F::kFp8DsMla) scale = power_of_two(scales[first / 64]);
+    if (kFormat == F::kFp8Block128) {
+      const uint32_t word = load_word(scales + first / 128 * 4);
+      scale = kind == Scales::kUe8m0 ? power_of_two(word & 0xff) : float_of(word);
+    }
+    const uint32_t codes = load_word(data + first);
+    for (int v = 0; v < 4; ++v) x[v] = from_e4m3(codes >> 8 * v & 0xff) * scale;
+  }
+}
+
 }  // namespace jax_dsv4

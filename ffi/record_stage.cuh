@@ -9,19 +9,12 @@
 
 #include "numeric.h"
 #include "record.h"
+#include "record_pool.h"
 #include "vector.cuh"
 
 namespace jax_dsv4 {
 
 inline constexpr uint32_t kWholeWarp = ~0u;
-
-// One record's row on its page.
-struct RecordRow {
-  bool exists;          // else nothing is stored
-  bool is_16b_aligned;  // data; else, as scales, 4 bytes
-  uint8_t* data;
-  uint8_t* scales;
-};
 
 __device__ __forceinline__ uint32_t to_bf16x2(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -185,9 +178,11 @@ struct RecordStage {
     for_each([&](float& value) { value *= factor; });
   }
 
-  // All steps, in the order of the contract.
+  // All steps, in the order of the contract. Nothing is stored unless the row exists;
+  // `is_16b_aligned`: of its data, else 4 bytes, as of its scales.
   __device__ __forceinline__ void finish(const Operands& o, bool has_norm, bool has_rotation,
-                                         const RecordOptions& options, RecordRow row) {
+                                         const RecordOptions& options, bool exists,
+                                         const RecordRow<Layout>& row, bool is_16b_aligned) {
     const bool round_each = options.rounding == Rounding::kModel;
     if (round_each) round_all();
     if (has_norm) {
@@ -203,7 +198,7 @@ struct RecordStage {
       if (round_each) round_all();
     }
     if (kIsQuantized<kFormat> && options.rounding == Rounding::kOnce) round_all();
-    store(options, row);
+    store(options, exists, row, is_16b_aligned);
   }
 
  private:
@@ -252,20 +247,21 @@ struct RecordStage {
     for (int j = kBlocks; j < kGroups; ++j) amax[j] = amax[0];
   }
 
-  __device__ __forceinline__ void store(const RecordOptions& options, RecordRow row) const {
+  __device__ __forceinline__ void store(const RecordOptions& options, bool exists,
+                                        const RecordRow<Layout>& row, bool is_16b_aligned) const {
     using F = RecordFormat;
     float amax[kGroups];
     if constexpr (Layout::kBlock > 0) find_amax(options, amax);
-    if (!row.exists) return;
+    if (!exists) return;
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
       const int first = channel(j);
       if constexpr (kFormat == F::kF32) {
         const uint32_t words[4] = {bits_of(x[j][0]), bits_of(x[j][1]), bits_of(x[j][2]),
                                    bits_of(x[j][3])};
-        store_words(row.data + 4 * first, words, row.is_16b_aligned);
+        store_words(row.data + 4 * first, words, is_16b_aligned);
       } else if constexpr (kFormat == F::kBf16) {
-        store_bf16(row.data + 2 * first, x[j], row.is_16b_aligned);
+        store_bf16(row.data + 2 * first, x[j], is_16b_aligned);
       } else if constexpr (kFormat == F::kFp8) {
         store_words<1>(row.data + first, {to_e4m3x4(x[j], 1.0f)}, true);
       } else {
@@ -279,7 +275,7 @@ struct RecordStage {
           if (is_plain) {
             store_words<1>(row.data + first, {to_e4m3x4(x[j], scale.reciprocal)}, true);
           } else {
-            store_bf16(row.data + kPlain + 2 * (first - kPlain), x[j], row.is_16b_aligned);
+            store_bf16(row.data + kPlain + 2 * (first - kPlain), x[j], is_16b_aligned);
           }
         } else if constexpr (kFormat == F::kFp8Block128) {
           if (is_first) {

@@ -115,11 +115,12 @@ void encode(const float (&x)[D], const RecordOptions& options, uint8_t* data, ui
 // Value `index` of G * N.
 template <RecordFormat kFormat, int D>
 void store_record(const StoreParams& p, int64_t index) {
-  using Layout = RecordLayout<kFormat, D>;
   const auto group = static_cast<uint32_t>(index / p.num_values);
   const auto value = static_cast<uint32_t>(index % p.num_values);
-  const StoreGroup g = group_of(p, group);
-  const RecordPlace place = find_place(p, g, {g.slots[value], g.positions[value]});
+  const RecordPages pages = pages_of(p.pool, group);
+  const int32_t slot = p.slots[group * p.slots_stride + value];
+  const int32_t position = p.positions[group * p.positions_stride + value];
+  const RecordPlace place = find_place(p.pool, pages, slot, p.has_position(position));
   if (!place.exists) return;
   const RecordOptions& options = p.options;
   const int64_t from = (int64_t{group} * p.values_stride + value) * D;
@@ -135,7 +136,8 @@ void store_record(const StoreParams& p, int64_t index) {
     if (round_each) round_all(x);
   }
   if (p.table != nullptr) {
-    rotate(x, g.table + int64_t{place.position} * kRopeDim, options.interleaved);
+    const int64_t row = group * p.table_stride + position;
+    rotate(x, p.table + row * kRopeDim, options.interleaved);
     if (round_each) round_all(x);
   }
   if (options.hadamard) {
@@ -143,10 +145,8 @@ void store_record(const StoreParams& p, int64_t index) {
     if (round_each) round_all(x);
   }
   if (kIsQuantized<kFormat> && options.rounding == Rounding::kOnce) round_all(x);
-  uint8_t* const page = p.pool + (g.first_page + place.page) * p.page_bytes;
-  encode<kFormat>(
-      x, options, page + int64_t{place.row} * Layout::kData,
-      page + int64_t{p.page_size.value} * Layout::kData + int64_t{place.row} * Layout::kScales);
+  const RecordRow<RecordLayout<kFormat, D>> row(p.pool, pages, place);
+  encode<kFormat>(x, options, row.data, row.scales);
 }
 
 ffi::Future store_records(ffi::ThreadPool pool, ffi::RemainingArgs operands,

@@ -27,7 +27,7 @@ ffi::Error store_records(cudaStream_t stream, ffi::RemainingArgs operands,
   }
   const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
   if ((address(p.values) | address(p.norm_weight) | address(p.table)) % 16 != 0 ||
-      address(p.pool) % 4 != 0) {
+      address(p.pool.data) % 4 != 0) {
     return ffi::Error::InvalidArgument("operands: expected 16-byte aligned buffers");
   }
   visit_record(call->format, call->head_dim,

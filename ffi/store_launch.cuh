@@ -25,32 +25,30 @@ using StageOfMany = RecordStage<Record::kFormat, Record::kHeadDim, Record::kHead
 template <class Record, class Stage, class Value>
 __global__ void __launch_bounds__(kStoreThreads, 8)
     store_records_kernel(const __grid_constant__ StoreParams p) {
-  using Layout = typename Record::Layout;
   constexpr int D = Record::kHeadDim;
   const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
   const bool is_value = thread / Stage::kLanes < p.num_values;
   const uint32_t index = is_value ? thread / Stage::kLanes : p.num_values - 1;
 
   // All is loaded at once, but the row of the table; and so it is for a value that goes nowhere.
-  const StoreGroup group = group_of(p, blockIdx.y);
-  const RecordIndex where = {group.slots[index], group.positions[index]};
-  const int64_t value = int64_t{blockIdx.y} * p.values_stride + index;
+  const uint32_t group = blockIdx.y;
+  const RecordPages pages = pages_of(p.pool, group);
+  const int32_t slot = p.slots[group * p.slots_stride + index];
+  const int32_t position = p.positions[group * p.positions_stride + index];
   Stage stage = {static_cast<int>(thread % Stage::kLanes)};
   typename Stage::Operands operands;
+  const int64_t value = int64_t{group} * p.values_stride + index;
   stage.load_value(static_cast<const Value*>(p.values) + value * D);
   if (p.norm_weight != nullptr) {
-    stage.load_weight(p.norm_weight + int64_t{blockIdx.y} * p.weight_stride * D, operands);
+    stage.load_weight(p.norm_weight + int64_t{group} * p.weight_stride * D, operands);
   }
-  const RecordPlace place = find_place(p, group, where);
+  const RecordPlace place = find_place(p.pool, pages, slot, is_value & p.has_position(position));
   if (p.table != nullptr) {
-    stage.load_rotation(group.table + int64_t{place.position} * kRopeDim, p.options.interleaved,
-                        operands);
+    const int64_t row = group * p.table_stride + (place.exists ? position : 0);
+    stage.load_rotation(p.table + row * kRopeDim, p.options.interleaved, operands);
   }
-  uint8_t* const page = p.pool + (group.first_page + place.page) * p.page_bytes;
-  stage.finish(
-      operands, p.norm_weight != nullptr, p.table != nullptr, p.options,
-      {is_value && place.exists, p.is_16b_aligned, page + int64_t{place.row} * Layout::kData,
-       page + int64_t{p.page_size.value} * Layout::kData + int64_t{place.row} * Layout::kScales});
+  stage.finish(operands, p.norm_weight != nullptr, p.table != nullptr, p.options, place.exists,
+               {p.pool, pages, place}, p.pool.is_16b_aligned);
 }
 
 template <class Record, class Stage>

@@ -1,0 +1,104 @@
+// What custom calls on record pools have in common: the checks of the pool, and of what says how it
+// is read. Shared by all operations on records, on CPU and CUDA.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <iterator>
+#include <limits>
+#include <string>
+
+#include "config.h"
+#include "operands.h"
+#include "record_pool.h"
+#include "xla/ffi/api/ffi.h"
+
+XLA_FFI_REGISTER_ENUM_ATTR_DECODING(::jax_dsv4::RecordFormat);
+XLA_FFI_REGISTER_ENUM_ATTR_DECODING(::jax_dsv4::Scales);
+XLA_FFI_REGISTER_ENUM_ATTR_DECODING(::jax_dsv4::Rounding);
+
+namespace jax_dsv4 {
+
+struct PoolOperands {
+  ffi::AnyBuffer pool;   // [*G, (layers,) num_pages, page_bytes] u8
+  ffi::AnyBuffer layer;  // [*G, 1] i32, or [*G, 0]: none, or the attribute
+  int64_t layer_index;   // the attribute: known when compiled; kNoLayer: see the operand
+  RecordFormat format;
+  Scales scales;
+  int64_t page_size;
+
+  static constexpr int64_t kNoLayer = -1;
+
+  bool has_layer_operand() const { return layer.dimensions().back() != 0; }
+  // Of the pool, without group dimensions.
+  size_t rank() const { return has_layer_operand() || layer_index != kNoLayer ? 3 : 2; }
+};
+
+// All that can be said before the groups are known.
+inline void check_pool_operands(OperandChecker& check, const PoolOperands& o) {
+  constexpr int64_t kInt32Max = std::numeric_limits<int32_t>::max();
+  check.require_rank("layer", o.layer, 1, "0 or 1");
+  if (!check.ok()) return;
+  check.require_rank("records.pool", o.pool, o.rank(),
+                     o.rank() == 3 ? "layers, num_pages, page_bytes" : "num_pages, page_bytes");
+  check.require(static_cast<size_t>(o.format) < std::size(kRecordFormatNames),
+                "format: expected 0 to 5");
+  check.require(o.scales <= Scales::kUe8m0 &&
+                    (o.scales == Scales::kF32 || o.format == RecordFormat::kFp8Block128),
+                "scales: expected 0, or 1 or 2 in format fp8_block128");
+  check.require(o.page_size >= 1 && o.page_size <= kInt32Max, "page_size: expected 1 to 2^31 - 1");
+}
+
+// The dimensions of one group's pool.
+inline Dims pool_dims(const PoolOperands& o) {
+  const Dims dims = dims_of(o.pool);
+  return {dims.end() - static_cast<ptrdiff_t>(o.rank()), dims.end()};
+}
+
+// The pool, once the groups are known; `is_shared`: by all of them.
+inline RecordPool check_pool(OperandChecker& check, const PoolOperands& o, int64_t head_dim,
+                             bool is_shared) {
+  constexpr int64_t kInt32Max = std::numeric_limits<int32_t>::max();
+  const Dims dims = pool_dims(o);
+  const int64_t num_layers = dims.size() == 3 ? dims.front() : 1;
+  const int64_t num_pages = *(dims.end() - 2), page_bytes = dims.back();
+  int64_t record_bytes = 0;
+  const bool is_compiled = visit_record(o.format, head_dim, [&](auto record) {
+    using Layout = typename decltype(record)::Layout;
+    record_bytes = Layout::kData + Layout::kScales;
+  });
+  check.require(is_compiled, std::string("no compiled format ") +
+                                 kRecordFormatNames[static_cast<int>(o.format)] + " for head_dim " +
+                                 std::to_string(head_dim));
+  if (!check.ok()) return {};
+  const bool layer_is_per_group =
+      check.maybe_shared("layer", o.layer, ffi::DataType::S32, {o.has_layer_operand()});
+  check.require(o.layer_index >= PoolOperands::kNoLayer &&
+                    (o.layer_index == PoolOperands::kNoLayer ||
+                     (o.layer_index < num_layers && !o.has_layer_operand())),
+                "layer: expected an index of one of the pool's layers, in the attribute or in the "
+                "operand");
+  check.require(page_bytes % 4 == 0 && page_bytes / record_bytes >= o.page_size,
+                "records.pool: expected pages of a multiple of 4 bytes that hold page_size records "
+                "of " +
+                    std::to_string(record_bytes) + " bytes, got " + std::to_string(page_bytes));
+  check.require(num_layers <= kInt32Max && num_pages <= kInt32Max,
+                "records.pool: layers and pages must be below 2^31");
+  if (!check.ok()) return {};
+
+  RecordPool pool;
+  pool.data = static_cast<uint8_t*>(o.pool.untyped_data()) +
+              std::max<int64_t>(o.layer_index, 0) * num_pages * page_bytes;
+  pool.layer =
+      o.has_layer_operand() ? static_cast<const int32_t*>(o.layer.untyped_data()) : nullptr;
+  pool.layer_stride = layer_is_per_group ? 1 : 0;
+  pool.num_layers = static_cast<uint32_t>(num_layers);
+  pool.num_pages = static_cast<uint32_t>(num_pages);
+  pool.page_size = Divisor(static_cast<uint32_t>(o.page_size));
+  pool.page_bytes = page_bytes;
+  pool.group_pages = is_shared ? 0 : num_layers * num_pages;
+  pool.is_16b_aligned = (page_bytes | reinterpret_cast<intptr_t>(pool.data)) % 16 == 0;
+  return pool;
+}
+
+}  // namespace jax_dsv4
