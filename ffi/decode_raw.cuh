@@ -70,11 +70,6 @@ __device__ __forceinline__ void prefetch_tables(const PlainParams& p, uint32_t g
   if (p.score_tables != p.kv_tables) prefetch(p.score_tables, p.score_tables_stride);
 }
 
-// weighted / sum, or 0 where nothing has any weight.
-__device__ __forceinline__ float quotient(float weighted, float sum) {
-  return sum == 0 ? 0.0f : fast_quotient(weighted, sum);
-}
-
 // A softmax-weighted sum over some of a window's rows, per channel, relative to their own maximum.
 template <int kSize>
 struct Partial {
@@ -346,7 +341,7 @@ struct WindowReducer {
         sum += __shfl_xor_sync(~0u, sum, offset);
         weighted += __shfl_xor_sync(~0u, weighted, offset);
       }
-      if (first == 0) out[c] = round_to<Out>(quotient(weighted, sum));
+      if (first == 0) out[c] = round_to<Out>(sum == 0 ? 0.0f : fast_quotient(weighted, sum));
     }
   }
 };
