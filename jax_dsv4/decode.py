@@ -246,9 +246,7 @@ def raw_to_prefix(
       block_tables: ``[B, max_pages]`` i32, or a pair, as there.
       kv_lens: ``[B]`` i32, the rows written that count. A later step may begin there, or anywhere
         else in the open window, ``kv_lens // R * R`` and up; 0 or less: inactive slot.
-      compress_ratio: R.
-      overlap: as in ``paged_kv_compress``.
-      implementation: as in ``paged_kv_compress``, which does the work.
+      compress_ratio, overlap, implementation: as in ``paged_kv_compress``, which does the work.
 
     Returns:
       The state, f32. Rows that requests share, they convert alike; a row either of whose pages is
