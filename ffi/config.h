@@ -1,6 +1,6 @@
-// What is compiled: THE list. The kernels' instantiation, the handlers' dispatch, the error texts
-// (here and in Python), the README's support matrix and the tests' parametrisation all walk it. A
-// new kind of compressor or dtype combination is one line here.
+// What is compiled: THE list. The kernels' instantiation, the handlers' dispatch, Python's error
+// texts, the README's support matrix and the tests' parametrisation all walk it. A new kind of
+// compressor or dtype combination is one line here.
 #pragma once
 
 #include <cstdint>

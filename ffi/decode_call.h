@@ -6,8 +6,6 @@
 #include <cstdint>
 #include <iterator>
 #include <limits>
-#include <sstream>
-#include <string>
 
 #include "config.h"
 #include "decode.h"
@@ -59,28 +57,6 @@ struct DecodeCall {
   DecodeParams params;
 };
 
-inline std::string not_compiled_text(const Selection& s) {
-  std::ostringstream text;
-  text << "no compiled configuration for head_dim " << s.head_dim << ", compress_ratio "
-       << s.compress_ratio << ", overlap " << (s.overlap ? "true" : "false") << ", kv_score "
-       << dtype_text(s.kv_score) << ", state " << dtype_text(s.state) << ", kv_comp "
-       << dtype_text(s.out) << "; head_dim/compress_ratio are compiled for";
-  visit_any(Kinds{}, [&](auto kind) {
-    using K = decltype(kind);
-    text << ' ' << K::kHeadDim << '/' << K::kRatio << (K::kOverlap ? " overlapping" : " disjoint");
-    return false;
-  });
-  text << ", kv_score/state/kv_comp for";
-  visit_any(DTypesList{}, [&](auto types) {
-    using Types = decltype(types);
-    text << ' ' << dtype_text(kDTypeOf<typename Types::KvScore>) << '/'
-         << dtype_text(kDTypeOf<typename Types::State>) << '/'
-         << dtype_text(kDTypeOf<typename Types::Out>);
-    return false;
-  });
-  return text.str();
-}
-
 inline ffi::ErrorOr<DecodeCall> check_decode(ffi::RemainingArgs operands,
                                              ffi::RemainingRets results,
                                              const DecodeAttributes& a) {
@@ -127,12 +103,13 @@ inline ffi::ErrorOr<DecodeCall> check_decode(ffi::RemainingArgs operands,
   const bool is_compiled = visit_config(call.selection, [&](auto config) {
     num_geometries = GeometriesOf<typename decltype(config)::KindType>::List::kSize;
   });
-  if (!is_compiled) {
-    check.require(false, not_compiled_text(call.selection));
-    return failure();
-  }
+  check.require(is_compiled, "no compiled configuration for head_dim ", D, ", compress_ratio ", R,
+                ", overlap ", a.overlap ? "true" : "false", ", kv_score ", a.kv_score_dtype,
+                ", state ", a.state_dtype, ", kv_comp ", a.out_dtype,
+                "; jax_dsv4._cpu.KINDS and DTYPES are compiled");
+  if (!check.ok()) return failure();
   check.require(may_hold(a.state_dtype, a.state_format),
-                "state_dtype: expected F32 in this state_format, got " + dtype_text(a.state_dtype));
+                "state_dtype: expected F32 in this state_format, got ", a.state_dtype);
   check.require(a.geometry >= kAutoGeometry && a.geometry < num_geometries,
                 "geometry: expected -1, or the index of one that is compiled");
 

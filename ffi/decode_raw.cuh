@@ -70,11 +70,6 @@ __device__ __forceinline__ void prefetch_tables(const PlainParams& p, uint32_t g
   if (p.score_tables != p.kv_tables) prefetch(p.score_tables, p.score_tables_stride);
 }
 
-// weighted / sum, or 0 where nothing has any weight.
-__device__ __forceinline__ float quotient(float weighted, float sum) {
-  return sum == 0 ? 0.0f : fast_quotient(weighted, sum);
-}
-
 // A softmax-weighted sum over some of a window's rows, per channel, relative to their own maximum.
 template <int kSize>
 struct Partial {
@@ -194,13 +189,6 @@ __device__ void write_row(const ParamsOf<Config>& p, const Request<Config>& r, i
   }
 }
 
-// The row groups' partial results of a CTA.
-template <class Config, class Geometry>
-struct SharedPlan {
-  using T = Tile<Config, Geometry>;
-  alignas(16) float partials[T::kRowGroups][T::kPartialStride];  // max, sum, weighted: [kColumns]
-};
-
 // One thread's part of one window.
 template <class Config, class Geometry>
 struct WindowReducer {
@@ -209,6 +197,10 @@ struct WindowReducer {
   using StateVector = Vector<State, T::kVector>;
   using Out = typename Config::Out;
   static constexpr int R = Config::kRatio, S = Config::kStateDim;
+
+  struct SharedPlan {  // the row groups' partial results: max, sum and weighted, [kColumns] each
+    alignas(16) float partials[T::kRowGroups][T::kPartialStride];
+  };
 
   const ParamsOf<Config>& p;
   const Request<Config>& r;
@@ -313,7 +305,7 @@ struct WindowReducer {
   }
 
   // Merges the row groups, and stores the slice's values.
-  __device__ void store_merged(SharedPlan<Config, Geometry>& smem, Out* out) const {
+  __device__ void store_merged(SharedPlan& smem, Out* out) const {
     float* mine = smem.partials[row_group] + threadIdx.x % T::kLanes * T::kVector;
     store(mine, partial.max);
     store(mine + T::kColumns, partial.sum);
@@ -346,7 +338,7 @@ struct WindowReducer {
         sum += __shfl_xor_sync(~0u, sum, offset);
         weighted += __shfl_xor_sync(~0u, weighted, offset);
       }
-      if (first == 0) out[c] = round_to<Out>(quotient(weighted, sum));
+      if (first == 0) out[c] = round_to<Out>(sum == 0 ? 0.0f : fast_quotient(weighted, sum));
     }
   }
 };
@@ -357,8 +349,9 @@ __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads,
     paged_kv_compress_kernel(const __grid_constant__ ParamsOf<Config> p,
                              const __grid_constant__ Divisor ctas_per_request) {
   using T = Tile<Config, Geometry>;
+  using Reducer = WindowReducer<Config, Geometry>;
   using Out = typename Config::Out;
-  __shared__ SharedPlan<Config, Geometry> smem;
+  __shared__ typename Reducer::SharedPlan smem;
 
   const uint32_t index = blockIdx.x / ctas_per_request;
   const int part = blockIdx.x - index * ctas_per_request.value;
@@ -374,7 +367,7 @@ __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads,
   }
   const int window = r.first_window + blockIdx.y;
   const int slice_column = part * T::kColumns;
-  WindowReducer<Config, Geometry> reducer(p, r, window, slice_column);
+  Reducer reducer(p, r, window, slice_column);
   auto stored = reducer.look_up_stored_rows();
   const auto new_row = reducer.load_new_row(reducer.row_group);
   if (__builtin_expect(window >= r.end_window, 0))

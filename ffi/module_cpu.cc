@@ -12,15 +12,11 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(StoreRecordsCpu);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(DequantizeRecordsCpu);
 
 namespace jax_dsv4 {
-namespace {
-
-const char* name_of(DType dtype) { return dtype == DType::kBF16 ? "bfloat16" : "float32"; }
-
-}  // namespace
 
 NB_MODULE(_cpu, m) {
   export_handlers(m, &PagedKvCompressCpu, &StoreRecordsCpu, &DequantizeRecordsCpu);
 
+  const auto name_of = [](DType dtype) { return dtype == DType::kBF16 ? "bfloat16" : "float32"; };
   nb::list kinds, dtypes, formats;
   visit_any(Kinds{}, [&](auto kind) {
     using K = decltype(kind);

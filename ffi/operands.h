@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <ostream>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -39,10 +40,10 @@ inline int64_t product_of(const Dims& dims) {
   return product;
 }
 
-inline std::string dims_text(const Dims& dims) {
-  std::string text;
-  for (int64_t dim : dims) text += (text.empty() ? "" : ",") + std::to_string(dim);
-  return '[' + text + ']';
+inline std::ostream& operator<<(std::ostream& text, const Dims& dims) {
+  text << '[';
+  for (size_t i = 0; i < dims.size(); ++i) text << (i == 0 ? "" : ",") << dims[i];
+  return text << ']';
 }
 
 constexpr ffi::DataType data_type_of(DType dtype) { return static_cast<ffi::DataType>(dtype); }
@@ -50,10 +51,10 @@ static_assert(data_type_of(DType::kBF16) == ffi::DataType::BF16 &&
               data_type_of(DType::kF32) == ffi::DataType::F32);
 
 // An attribute may hold any number, also one that is no DType.
-inline std::string dtype_text(DType dtype) {
-  if (dtype == DType::kBF16) return "BF16";
-  if (dtype == DType::kF32) return "F32";
-  return "data type " + std::to_string(static_cast<int>(dtype));
+inline std::ostream& operator<<(std::ostream& text, DType dtype) {
+  if (dtype == DType::kBF16) return text << "BF16";
+  if (dtype == DType::kF32) return text << "F32";
+  return text << "data type " << static_cast<int>(dtype);
 }
 
 // Checks a call's operands and results, each by the name that errors have for it, and keeps the
@@ -62,24 +63,27 @@ class OperandChecker {
  public:
   explicit OperandChecker(const char* operation) : operation_(operation) {}
 
-  void require(bool condition, const std::string& text) {
-    if (!condition && error_.empty()) error_ = text;
+  // The text comes in parts, and is put together for an error only.
+  template <class... Parts>
+  void require(bool condition, const Parts&... parts) {
+    if (condition || !ok()) return;
+    std::ostringstream text;
+    (text << ... << parts);
+    error_ = text.str();
   }
   bool ok() const { return error_.empty(); }
   ffi::Error error() const { return ffi::Error::InvalidArgument(operation_ + ": " + error_); }
 
   void require_counts(ffi::RemainingArgs operands, size_t num_operands, ffi::RemainingRets results,
                       size_t num_results) {
-    std::ostringstream text;
-    text << "expected " << num_operands << " operands and " << num_results << " results, got "
-         << operands.size() << " and " << results.size();
-    require(operands.size() == num_operands && results.size() == num_results, text.str());
+    require(operands.size() == num_operands && results.size() == num_results, "expected ",
+            num_operands, " operands and ", num_results, " results, got ", operands.size(), " and ",
+            results.size());
   }
 
   // `x` must have a rank of at least that of `core`, the text of its dimensions.
   void require_rank(const char* name, ffi::AnyBuffer x, size_t rank, const char* core) {
-    require(x.dimensions().size() >= rank,
-            std::string(name) + ": expected [..., " + core + "], got " + dims_text(dims_of(x)));
+    require(x.dimensions().size() >= rank, name, ": expected [..., ", core, "], got ", dims_of(x));
   }
 
   // The group dimensions, *G.
@@ -88,35 +92,27 @@ class OperandChecker {
 
   // `x` must be dtype[*G, *core].
   void per_group(const char* name, ffi::AnyBuffer x, ffi::DataType dtype, const Dims& core) {
-    const Dims want = concatenate(groups_, core);
-    require_type(name, x, dtype, dims_of(x) == want, dims_text(want));
+    const Dims want = concatenate(groups_, core), got = dims_of(x);
+    require(got == want && x.element_type() == dtype, name, ": expected ", dtype, want, ", got ",
+            x.element_type(), got);
   }
 
   // `x` must be dtype[*G, *core], or dtype[*1, *core] shared by the groups. Returns which.
   bool maybe_shared(const char* name, ffi::AnyBuffer x, ffi::DataType dtype, const Dims& core) {
-    const Dims want = concatenate(groups_, core);
+    const Dims want = concatenate(groups_, core), got = dims_of(x);
     const Dims shared = concatenate(Dims(groups_.size(), 1), core);
-    const bool is_per_group = dims_of(x) == want;
-    require_type(name, x, dtype, is_per_group || dims_of(x) == shared,
-                 dims_text(want) + " or " + dims_text(shared));
-    return is_per_group;
+    require((got == want || got == shared) && x.element_type() == dtype, name, ": expected ", dtype,
+            want, " or ", shared, ", got ", x.element_type(), got);
+    return got == want;
   }
 
   // A result that updates an operand must be the same memory.
   void aliases(const char* name, ffi::AnyBuffer operand, ffi::AnyBuffer result) {
-    require(operand.untyped_data() == result.untyped_data(),
-            std::string(name) + ": the results must alias the operands (input_output_aliases)");
+    require(operand.untyped_data() == result.untyped_data(), name,
+            ": the results must alias the operands (input_output_aliases)");
   }
 
  private:
-  void require_type(const char* name, ffi::AnyBuffer x, ffi::DataType dtype, bool has_dims,
-                    const std::string& want) {
-    std::ostringstream text;
-    text << name << ": expected " << dtype << want << ", got " << x.element_type()
-         << dims_text(dims_of(x));
-    require(has_dims && x.element_type() == dtype, text.str());
-  }
-
   std::string operation_;
   Dims groups_;
   std::string error_;

@@ -116,6 +116,13 @@ def array(name: str, x: Any, dtypes: Sequence[str], *shape: int | str) -> Array:
     return checked
 
 
+def optional(name: str, x: Any, dtypes: Sequence[str], *shape: int) -> Array:
+    """``array``; of ``None``, one that is empty in its first dimension."""
+    if x is None:
+        return jnp.zeros((0, *shape[1:]), dtypes[0])
+    return array(name, x, dtypes, *shape)
+
+
 def _is_array_but_of(x: Any, dtypes: Sequence[str]) -> bool:
     return hasattr(x, "dtype") and _dtype_name(x.dtype) not in dtypes
 

@@ -14,6 +14,7 @@ own pool, and page ids are local to it), so each device can run its own. How the
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,16 +33,6 @@ if TYPE_CHECKING:
 Call = Callable[..., tuple[Array, ...]]
 
 
-def _specs(groups: Sequence[Any], full: tuple[int, ...], shapes: Sequence[tuple[int, ...]]):
-    """The specs of arrays of these shapes, their group dimensions ``full`` split over ``groups``.
-
-    What the groups share has size 1 there, and goes to every device.
-    """
-    for shape in shapes:
-        is_split = shape[: len(full)] == full
-        yield PartitionSpec(*groups) if is_split else PartitionSpec()
-
-
 def split_in_types(
     operation: Operation, avals: Sequence[ShapedArray]
 ) -> tuple[AbstractMesh, tuple[Any, ...]]:
@@ -52,21 +43,18 @@ def split_in_types(
     Raises:
       ValueError: anything else is split, or operands disagree; the text names one.
     """
-    num_groups = operation.num_groups(avals)
     meshes = [aval.sharding.mesh for aval in avals if not aval.sharding.mesh.empty]
     mesh = meshes[0] if meshes else jax.sharding.get_abstract_mesh()
-    full = avals[operation.groups_index].shape[:num_groups]
-    has_groups = [aval.shape[:num_groups] == full for aval in avals]
+    num_groups, per_group = len(operation.groups_of(avals)), operation.per_group(avals)
     split: list[Any] = [None] * num_groups
-    for aval, is_full in zip(avals, has_groups, strict=True):
-        if is_full:
-            own = tuple(aval.sharding.spec)[:num_groups]
-            split = [a if a is not None else b for a, b in zip(split, own, strict=True)]
+    for aval in itertools.compress(avals, per_group):
+        own = tuple(aval.sharding.spec)[:num_groups]
+        split = [a if a is not None else b for a, b in zip(split, own, strict=True)]
     axes = [
         axis for by in split if by is not None for axis in (by if isinstance(by, tuple) else (by,))
     ]
-    for name, aval, is_full in zip(operation.names, avals, has_groups, strict=True):
-        wanted = [*(split if is_full else [None] * num_groups), *[None] * (aval.ndim - num_groups)]
+    for name, aval, is_split in zip(operation.names, avals, per_group, strict=True):
+        wanted = [*(split if is_split else [None] * num_groups), *[None] * (aval.ndim - num_groups)]
         got = tuple(aval.sharding.spec)
         differs = any(g is not None and g != w for g, w in zip(got, wanted, strict=True))
         if differs or len(set(axes)) < len(axes):
@@ -81,10 +69,10 @@ def split_in_types(
 
 def types_say_all(operation: Operation, avals: Sequence[ShapedArray], mesh: AbstractMesh) -> bool:
     """Whether the compiler finds no more than ``split_in_types``."""
-    num_groups = operation.num_groups(avals)
-    full = avals[operation.groups_index].shape[:num_groups]
-    with_groups = (aval for aval in avals if aval.size and aval.shape[:num_groups] == full)
-    in_types = all(AxisType.Explicit in aval.sharding.mesh.axis_types for aval in with_groups)
+    with_groups = itertools.compress(avals, operation.per_group(avals))
+    in_types = all(
+        AxisType.Explicit in aval.sharding.mesh.axis_types for aval in with_groups if aval.size
+    )
     return in_types or AxisType.Manual in mesh.axis_types
 
 
@@ -103,9 +91,8 @@ def over_explicit_axes(
 ) -> tuple[Array, ...]:
     """``call`` on each device's groups, as the types say."""
     num_groups, first = len(groups), operation.groups_index
-    full = operands[first].shape[:num_groups]
-    specs = list(_specs(groups, full, [x.shape for x in operands]))
-    results = jax.eval_shape(call, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands))
+    per_group = operation.per_group(operands)
+    specs = [PartitionSpec(*groups) if own else PartitionSpec() for own in per_group]
     # An empty operand of shard_map crashes XLA's compiler for GPUs (jax 0.11.2): made inside.
     passed = [i for i, x in enumerate(operands) if i == first or x.size]
 
@@ -113,7 +100,7 @@ def over_explicit_axes(
         given = dict(zip(passed, arrays, strict=True))
         local_groups = given[first].shape[:num_groups]
         for i in set(range(len(operands))) - set(passed):
-            own = local_groups if specs[i] else operands[i].shape[:num_groups]
+            own = local_groups if per_group[i] else operands[i].shape[:num_groups]
             given[i] = jnp.zeros((*own, *operands[i].shape[num_groups:]), operands[i].dtype)
         return call(*(given[i] for i in range(len(operands))))
 
@@ -122,7 +109,7 @@ def over_explicit_axes(
         mesh=mesh,
         axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
         in_specs=tuple(specs[i] for i in passed),
-        out_specs=tuple(_specs(groups, full, [x.shape for x in results])),
+        out_specs=PartitionSpec(*groups),
     )(*(jax.sharding.reshard(operands[i], NamedSharding(mesh, specs[i])) for i in passed))
 
 
@@ -144,14 +131,15 @@ def _tiles(sharding: Sharding, shape: tuple[int, ...], num_groups: int) -> Mesh:
 
 def over_automatic_axes(call: Call, operation: Operation, operands: Sequence[Any]) -> Call:
     """``call`` on each device's groups, as the compiler splits them."""
-    of_groups, num_groups = operation.groups_index, operation.num_groups(operands)
+    groups, per_group = operation.groups_of(operands), operation.per_group(operands)
+    num_groups = len(groups)
 
     def rule(mesh, operands, results):
-        full, others = operands[of_groups].shape[:num_groups], []
+        others = []
 
         def factors(x):
             for axis, size in enumerate(x.shape):
-                if axis < num_groups and size == full[axis]:
+                if axis < num_groups and size == groups[axis]:
                     yield f"g{axis}"
                 else:
                     others.append(f"x{len(others)}")
@@ -160,21 +148,18 @@ def over_automatic_axes(call: Call, operation: Operation, operands: Sequence[Any
         sides = (", ".join(" ".join(factors(x)) for x in side) for side in (operands, results))
         return " -> ".join(sides), {"need_replication_factors": tuple(others)}
 
+    def by_groups(x) -> NamedSharding:
+        tiles = _tiles(x.sharding, x.shape, num_groups)
+        return NamedSharding(tiles, PartitionSpec(*tiles.axis_names[:num_groups]))
+
     def partition(mesh, operands, results):
-        full = operands[of_groups].shape[:num_groups]
-        tiles = _tiles(results[0].sharding, results[0].shape, num_groups)
-        groups = tiles.axis_names[:num_groups]
-
-        def shardings(arrays):
-            shapes = [x.shape for x in arrays]
-            return tuple(NamedSharding(tiles, spec) for spec in _specs(groups, full, shapes))
-
-        return tiles, call, shardings(results), shardings(operands)
+        split = by_groups(results[0])
+        shared = NamedSharding(split.mesh, PartitionSpec())
+        given = tuple(split if own else shared for own in per_group)
+        return split.mesh, call, (split,) * len(results), given
 
     def infer(mesh, operands, results):  # where the compiler goes by GSPMD, not by the rule
-        tiles = _tiles(operands[of_groups].sharding, operands[of_groups].shape, num_groups)
-        sharding = NamedSharding(tiles, PartitionSpec(*tiles.axis_names[:num_groups]))
-        return (sharding,) * len(results)
+        return (by_groups(operands[operation.groups_index]),) * len(results)
 
     split = custom_partitioning(call)
     split.def_partition(

@@ -89,10 +89,15 @@ class Operation:
     def __repr__(self) -> str:  # in a jaxpr
         return self.name
 
-    def num_groups(self, operands: Sequence[Any]) -> int:
-        """How many group dimensions these operands have."""
-        of_groups = self.groups_index
-        return operands[of_groups].ndim - self.operands[of_groups].rank
+    def groups_of(self, operands: Sequence[Any]) -> tuple[int, ...]:
+        """The group dimensions that these operands have."""
+        x, rank = operands[self.groups_index], self.operands[self.groups_index].rank
+        return x.shape[: x.ndim - rank]
+
+    def per_group(self, operands: Sequence[Any]) -> list[bool]:
+        """Of each of these operands, whether it is one per group; the groups share the others."""
+        groups = self.groups_of(operands)
+        return [x.shape[: len(groups)] == groups for x in operands]
 
     def with_layers(self) -> Operation:
         """The same on arrays that hold all layers of a kind: what is written has one more axis."""
@@ -181,16 +186,16 @@ def _part_of(static: _Static) -> _mesh.Call:
 @_call.def_impl
 def _run_eagerly(*operands: Array, **params: Any) -> list[Array]:
     with jax.disable_jit(False):  # which would bind, and come here, again
-        return _jitted(tuple(params.items()))(*operands)
+        return _jitted(**params)(*operands)
 
 
 @functools.lru_cache(maxsize=4096)
-def _jitted(params: tuple[tuple[str, Any], ...]) -> Callable[..., list[Array]]:
+def _jitted(static: _Static, partitioned: ClosedJaxpr | None) -> Callable[..., list[Array]]:
     def run(*operands: Array) -> list[Array]:
-        return _call.bind(*operands, **dict(params))
+        return _call.bind(*operands, static=static, partitioned=partitioned)
 
     # For JAX's errors, of operands that are on different devices.
-    operation = dict(params)["static"].operation
+    operation = static.operation
     run.__name__ = operation.name
     names = [re.sub(r"\W+", "_", name) for name in operation.names]
     run.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
@@ -222,17 +227,10 @@ def _types(
     ]
 
 
-def _cores(operation: Operation, operands: Sequence[Any]) -> list[tuple[int, ...]]:
-    return [
-        x.shape[x.ndim - operand.rank :]
-        for operand, x in zip(operation.operands, operands, strict=True)
-    ]
-
-
 def _without_groups(operation: Operation, avals: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
     return [
-        jax.ShapeDtypeStruct(core, x.dtype)
-        for core, x in zip(_cores(operation, avals), avals, strict=True)
+        jax.ShapeDtypeStruct(x.shape[x.ndim - operand.rank :], x.dtype)
+        for operand, x in zip(operation.operands, avals, strict=True)
     ]
 
 
@@ -249,53 +247,43 @@ def _differentiate(primals: Any, tangents: Any, *, static: _Static, **_: Any) ->
 def _batch(
     operands: Sequence[Array], axes: Sequence[int | None], *, static: _Static, **_: Any
 ) -> tuple[tuple[Array, ...], list[int]]:
-    batched = [axis is not None for axis in axes]
-    in_front = [
-        x if axis is None else jnp.moveaxis(x, axis, 0)
-        for x, axis in zip(operands, axes, strict=True)
-    ]
-    size = in_front[batched.index(True)].shape[0]
-    results = _bind(static, *_map(static.operation, size, batched, in_front))
-    return results, [0] * len(results)
-
-
-ad.primitive_jvps[_call] = _differentiate
-batching.primitive_batchers[_call] = _batch
-
-
-def _map(
-    operation: Operation, axis_size: int, batched: Sequence[bool], operands: Sequence[Array]
-) -> list[Array]:
-    """Turn a mapped axis, in front where ``batched``, into one more group dimension.
+    """Turn a mapped axis into one more group dimension.
 
     What is written is broadcast where it is unmapped: a copy per index is what vmap means. An
     unmapped operand that is only read gets size 1 there, unless other groups already differ in it.
     """
-    of_groups = operation.groups_index
-    rank = operation.num_groups(operands) - int(batched[of_groups])
-    groups = operands[of_groups].shape[int(batched[of_groups]) :][:rank]
+    operation = static.operation
+    size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
+    in_front = [
+        x[None] if axis is None else jnp.moveaxis(x, axis, 0)
+        for x, axis in zip(operands, axes, strict=True)
+    ]
+    groups = (size, *operation.groups_of(in_front)[1:])
     mapped = {}
-    for operand, x, is_batched in zip(operation.operands, operands, batched, strict=True):
-        if not is_batched:
-            x = x[None]
-        mapped[operand.name] = x
-        if operand.written or _is_per_group(operand, x):
-            mapped[operand.name] = _per_group(operand, x, (axis_size, *groups))
+    for operand, x in zip(operation.operands, in_front, strict=True):
+        is_own = operand.written or _differs(operand, x)
+        mapped[operand.name] = _broadcast(operand, x, groups) if is_own else x
     for operand in operation.operands:
         if operand.like is not None and mapped[operand.name].shape[-1]:  # not an absent one
             pair = (operand, operation[operand.like])
-            if any(_is_per_group(o, mapped[o.name]) for o in pair):
+            if any(_differs(o, mapped[o.name]) for o in pair):
                 for o in pair:
-                    mapped[o.name] = _per_group(o, mapped[o.name], (axis_size, *groups))
-    return list(mapped.values())
+                    mapped[o.name] = _broadcast(o, mapped[o.name], groups)
+    results = _bind(static, *mapped.values())
+    return results, [0] * len(results)
 
 
-def _is_per_group(operand: Operand, x: Array) -> bool:
+def _differs(operand: Operand, x: Array) -> bool:
+    """Whether groups differ in it."""
     return math.prod(x.shape[: x.ndim - operand.rank]) != 1
 
 
-def _per_group(operand: Operand, x: Array, groups: tuple[int, ...]) -> Array:
+def _broadcast(operand: Operand, x: Array, groups: tuple[int, ...]) -> Array:
     return jnp.broadcast_to(x, (*groups, *x.shape[x.ndim - operand.rank :]))
+
+
+ad.primitive_jvps[_call] = _differentiate
+batching.primitive_batchers[_call] = _batch
 
 
 # ------------------------------------------------------------------------------------- its lowering
@@ -342,15 +330,12 @@ def _lower_to_custom_call(
 
 
 def _run_reference(operation: Operation, options: Any, *operands: Array) -> tuple[Array, ...]:
-    groups = operands[operation.groups_index].shape[: operation.num_groups(operands)]
-    cores = _cores(operation, operands)
-    per_group = [x.shape == groups + core for x, core in zip(operands, cores, strict=True)]
+    per_group = operation.per_group(operands)
     run = functools.partial(operation.reference, **vars(options))
-    for _ in groups:
-        run = jax.vmap(run, in_axes=tuple(0 if mapped else None for mapped in per_group))
-    return run(
-        *(x if m else x.reshape(c) for x, m, c in zip(operands, per_group, cores, strict=True))
-    )
+    for _ in operation.groups_of(operands):
+        run = jax.vmap(run, in_axes=tuple(0 if own else None for own in per_group))
+    one = zip(operands, per_group, _without_groups(operation, operands), strict=True)
+    return run(*(x if own else x.reshape(core.shape) for x, own, core in one))
 
 
 for _platform in _ffi.PLATFORMS:

@@ -214,16 +214,10 @@ def paged_kv_compress(
         dtypes = _config.DTypes(new_rows[0].dtype.name, kv.dtype.name, out_dtype)
         _config.check_compiled(kind, dtypes)
     batch = new_rows[0].shape[0]
-    if ape is None:
-        ape = jnp.zeros((0, state_dim), jnp.float32)
-    else:
-        ape = _check.array("ape", ape, ("float32",), ratio, state_dim)
+    ape = _check.optional("ape", ape, ("float32",), ratio, state_dim)
     tables = _tables(block_tables, batch)
     kv_lens = _check.array("kv_lens", kv_lens, _check.I32, batch)
-    if q_lens is None:
-        q_lens = jnp.zeros(0, jnp.int32)
-    else:
-        q_lens = _check.array("q_lens", q_lens, _check.I32, batch)
+    q_lens = _check.optional("q_lens", q_lens, _check.I32, batch)
     operation = DECODE if layer is None else _WITH_LAYERS
     operands = (*new_rows, ape, kv, score, *tables, kv_lens, q_lens, layer_operand)
     kv_comp, kv, score = _op.call(operation, options, implementation, *operands)
@@ -252,9 +246,7 @@ def raw_to_prefix(
       block_tables: ``[B, max_pages]`` i32, or a pair, as there.
       kv_lens: ``[B]`` i32, the rows written that count. A later step may begin there, or anywhere
         else in the open window, ``kv_lens // R * R`` and up; 0 or less: inactive slot.
-      compress_ratio: R.
-      overlap: as in ``paged_kv_compress``.
-      implementation: as in ``paged_kv_compress``, which does the work.
+      compress_ratio, overlap, implementation: as in ``paged_kv_compress``, which does the work.
 
     Returns:
       The state, f32. Rows that requests share, they convert alike; a row either of whose pages is
@@ -304,8 +296,6 @@ def _convert(
         return rows.astype(jnp.float32)
 
     def convert(layer: Array | None, prefixes: CompressorState) -> CompressorState:
-        if layer is not None:
-            layer = layer.astype(jnp.int32)  # of int64 in x64 mode
         # From the start of a window, and of scores that have their bias: rows as a step's new ones.
         at = jnp.zeros(0, jnp.int32) if layer is None else layer[None]
         # A layer is still raw when its turn comes, and f32 holds bf16 exactly.

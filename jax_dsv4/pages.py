@@ -27,11 +27,6 @@ class _LivePages(NamedTuple):
     def num_live(self) -> int:
         return self.last - self.first + 1 + (self.before < self.first)
 
-    @property
-    def num_spanned(self) -> int:
-        """From the lowest page to the highest, with what lies between them."""
-        return self.last - self.before + 1
-
     def indices(self) -> list[int]:
         return sorted({self.before, *range(self.first, self.last + 1)})
 
@@ -221,7 +216,7 @@ class PagePool:
 
         After an error the pool is as it was.
         """
-        slot = self._checked_slot(slot)
+        slot = _check.integer("slot", slot, 0, self.batch - 1)
         length, next_n = _check.integer("length", length, 0), _check.integer("next_n", next_n, 1)
         rows = self.max_pages * self.page_size
         if length + next_n > rows:
@@ -247,11 +242,8 @@ class PagePool:
         Raises:
           ValueError, TypeError: ``slot`` is not in ``0...batch - 1``.
         """
-        slot = self._checked_slot(slot)
+        slot = _check.integer("slot", slot, 0, self.batch - 1)
         self._give_back(slot, list(self._owned[slot]))
-
-    def _checked_slot(self, slot: int) -> int:
-        return _check.integer("slot", slot, 0, self.batch - 1)
 
     def _give_back(self, slot: int, pages: list[int]) -> None:
         for page in pages:
@@ -304,7 +296,7 @@ def slot_tables(
     slots, max_len = _check.integer("slots", slots, 0), _check.integer("max_len", max_len, 1)
     next_n = _check.integer("next_n", next_n, 1)
     max_pages = -(-max_len // layout.page_size)
-    ring = min(max(live.num_spanned for live in layout.largest(next_n)), max_pages)
+    ring = min(max(live.last - live.before + 1 for live in layout.largest(next_n)), max_pages)
     if slots * ring > np.iinfo(np.int32).max:
         raise ValueError(f"slots: expected at most 2^31 - 1 pages, got {slots} slots of {ring}")
     first = np.arange(slots, dtype=np.int32) * np.int32(ring)

@@ -12,10 +12,7 @@ from jax.typing import DTypeLike
 from jax_dsv4 import _check, _config, _pytree
 
 STATE_FORMATS = _config.STATE_FORMATS
-
-
-# The leaves' names in a tree. They differ, for no checkpoint of one format to be restored into a
-# state of the other.
+# The leaves' names in a tree differ, for no checkpoint of one format to be restored into the other.
 _LEAF_NAMES = {"raw": ("kv", "score"), "prefix": ("mean", "logsumexp")}
 assert tuple(_LEAF_NAMES) == STATE_FORMATS
 

@@ -71,13 +71,13 @@ def paged_kv_compress(
 
     def read(kv: Array, score: Array, positions: Array, columns: slice = slice(None)):
         """The rows at ``positions`` in f32, 0 and -inf where nowhere. [*positions, columns]"""
-        kv_page, kv_slot = pool.find_rows(kv_tables, positions.reshape(batch, -1))
-        score_page, score_slot = pool.find_rows(score_tables, positions.reshape(batch, -1))
-        kv_rows = kv[:, :, columns].at[kv_page, kv_slot].get(mode="fill", fill_value=0)
-        score_rows = score[:, :, columns].at[score_page, score_slot].get(mode="fill", fill_value=0)
+        rows = positions.reshape(batch, -1)
+        kv_page, kv_slot = pool.find_rows(kv_tables, rows)
+        score_page, score_slot = pool.find_rows(score_tables, rows)
         exists = ((kv_page < pool.nowhere) & (score_page < pool.nowhere))[..., None]
-        kv_rows = jnp.where(exists, kv_rows.astype(jnp.float32), 0)
-        score_rows = jnp.where(exists, score_rows.astype(jnp.float32), -jnp.inf)
+        kv_rows = jnp.where(exists, kv[kv_page, kv_slot, columns].astype(jnp.float32), 0)
+        score_rows = score[score_page, score_slot, columns].astype(jnp.float32)
+        score_rows = jnp.where(exists, score_rows, -jnp.inf)
         shape = (*positions.shape, -1)
         return kv_rows.reshape(shape), score_rows.reshape(shape)
 

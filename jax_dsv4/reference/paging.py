@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -20,11 +19,7 @@ class Pool(NamedTuple):
     def find_rows(self, tables: Array, positions: Array) -> tuple[Array, Array]:
         """(page, slot) of each of ``positions`` [B, rows] in ``tables`` [B, max_pages]."""
         logical = positions // self.page_size
-        page = jax.vmap(
-            lambda table, index: table.at[index].get(
-                mode="fill", fill_value=-1, wrap_negative_indices=False
-            )
-        )(tables, logical)
+        page = jnp.take_along_axis(tables, logical, axis=1, mode="fill", fill_value=-1)
         exists = (positions >= 0) & (page >= 0) & (page < self.num_pages)
         return jnp.where(exists, self.first_page + page, self.nowhere), positions % self.page_size
 
