@@ -41,6 +41,7 @@ class Operand:
     name: str
     rank: int
     written: bool = False  # updated in place, and returned
+    of_layers: bool = False  # one more axis in front where a call names a layer
     like: str | None = None  # the operand whose groups it has, unless it is empty
 
 
@@ -52,7 +53,7 @@ class Operation:
       name: of the public function.
       target: of the custom call.
       operands: in the order of the call; the written ones are its last results, in this order.
-      groups: the operand whose leading dimensions are the groups; a written one.
+      groups: the operand whose leading dimensions are the groups; a written one, if there is any.
       results: ``(options, *operands) -> [(shape, dtype), ...]`` of the other results, without
         group dimensions; the operands come as ``ShapeDtypeStruct`` without them, too.
       attributes: ``(options, *operands) -> {name: value}`` of the call, each of its exact type.
@@ -100,11 +101,11 @@ class Operation:
         return [x.shape[: len(groups)] == groups for x in operands]
 
     def with_layers(self) -> Operation:
-        """The same on arrays that hold all layers of a kind: what is written has one more axis."""
+        """The same on arrays that hold all layers of a kind."""
         return dataclasses.replace(
             self,
             operands=tuple(
-                dataclasses.replace(operand, rank=operand.rank + operand.written)
+                dataclasses.replace(operand, rank=operand.rank + operand.of_layers)
                 for operand in self.operands
             ),
         )
@@ -130,6 +131,17 @@ class _Static(NamedTuple):
 # which traces the reference only where it is what runs.
 _call = Primitive("paged_operation")
 _call.multiple_results = True
+
+
+def of_layers(reference: Callable[..., tuple[Array, ...]]) -> Callable[..., tuple[Array, ...]]:
+    """A reference whose last operand is the layer, for options that may hold it instead."""
+
+    def run(*operands: Array, layer: int, **options: Any) -> tuple[Array, ...]:
+        if layer >= 0:
+            operands = (*operands[:-1], jnp.full(1, layer, jnp.int32))
+        return reference(*operands, **options)
+
+    return run
 
 
 def call(
@@ -249,8 +261,8 @@ def _batch(
 ) -> tuple[tuple[Array, ...], list[int]]:
     """Turn a mapped axis into one more group dimension.
 
-    What is written is broadcast where it is unmapped: a copy per index is what vmap means. An
-    unmapped operand that is only read gets size 1 there, unless other groups already differ in it.
+    What is written, or has the groups, is broadcast where it is unmapped: a copy per index is what
+    vmap means. Others get size 1 there, unless other groups already differ in them.
     """
     operation = static.operation
     size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
@@ -261,7 +273,7 @@ def _batch(
     groups = (size, *operation.groups_of(in_front)[1:])
     mapped = {}
     for operand, x in zip(operation.operands, in_front, strict=True):
-        is_own = operand.written or _differs(operand, x)
+        is_own = operand.written or operand.name == operation.groups or _differs(operand, x)
         mapped[operand.name] = _broadcast(operand, x, groups) if is_own else x
     for operand in operation.operands:
         if operand.like is not None and mapped[operand.name].shape[-1]:  # not an absent one

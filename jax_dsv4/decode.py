@@ -52,12 +52,6 @@ def _attributes(options: _Options, kv_score, new_score, ape, kv, *rest):
     }
 
 
-def _reference(*operands: Array, layer: int, **options: Any) -> tuple[Array, ...]:
-    if layer >= 0:
-        operands = (*operands[:-1], jnp.full(1, layer, jnp.int32))
-    return reference.paged_kv_compress(*operands, **options)
-
-
 # Operands that a call does not have are empty: new_score, where kv_score holds the scores, too;
 # ape; q_lens; and layer.
 DECODE = _op.Operation(
@@ -67,8 +61,8 @@ DECODE = _op.Operation(
         Operand("kv_score", 3),
         Operand("kv_score[1]", 3, like="kv_score"),
         Operand("ape", 2),
-        Operand("state.kv", 3, written=True),
-        Operand("state.score", 3, written=True),
+        Operand("state.kv", 3, written=True, of_layers=True),
+        Operand("state.score", 3, written=True, of_layers=True),
         Operand("kv_tables", 2),
         Operand("score_tables", 2),
         Operand("kv_lens", 1),
@@ -78,7 +72,7 @@ DECODE = _op.Operation(
     groups="state.kv",
     results=_results,
     attributes=_attributes,
-    reference=_reference,
+    reference=_op.of_layers(reference.paged_kv_compress),
 )
 _WITH_LAYERS = DECODE.with_layers()
 

@@ -141,6 +141,16 @@ def _checked_records(records: Any, layers: bool) -> tuple[Array, RecordFormat]:
     return pool, kind
 
 
+def _check_compiled(kind: RecordFormat, implementation: Any) -> None:
+    _check.choice("implementation", implementation, (None, "ffi", "xla"))
+    if implementation != "xla" and (kind.name, kind.head_dim) not in _COMPILED:
+        raise ValueError(
+            f"no compiled format {kind.name!r} for head_dim {kind.head_dim}; compiled are "
+            f"{', '.join(f'{name} {dim}' for name, dim in _COMPILED)}; "
+            'implementation="xla" serves any head_dim'
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Options:
     """The static side of a call of ``store_records``."""
@@ -169,12 +179,6 @@ def _attributes(options: _Options, *operands: Any) -> dict[str, Any]:
     }
 
 
-def _reference(*operands: Array, layer: int, **options: Any) -> tuple[Array, ...]:
-    if layer >= 0:
-        operands = (*operands[:-1], jnp.full(1, layer, jnp.int32))
-    return reference.store_records(*operands, **options)
-
-
 # Operands that a call does not have are empty: norm_weight, cos_sin_cache and layer.
 STORE = _op.Operation(
     name="store_records",
@@ -185,15 +189,45 @@ STORE = _op.Operation(
         Operand("positions", 1),
         Operand("norm_weight", 1),
         Operand("cos_sin_cache", 2),
-        Operand("records.pool", 2, written=True),
+        Operand("records.pool", 2, written=True, of_layers=True),
         Operand("layer", 1),
     ),
     groups="records.pool",
     results=lambda options, *operands: (),
     attributes=_attributes,
-    reference=_reference,
+    reference=_op.of_layers(reference.store_records),
 )
-_WITH_LAYERS = STORE.with_layers()
+_STORE_IN_LAYERS = STORE.with_layers()
+
+
+@dataclasses.dataclass(frozen=True)
+class _ReadOptions:
+    """The static side of a call of ``dequantize_records``."""
+
+    format: RecordFormat
+    page_size: int
+    layer: int = -1  # as in _Options
+
+
+DEQUANTIZE = _op.Operation(
+    name="dequantize_records",
+    target="jax_dsv4_dequantize_records",
+    operands=(
+        Operand("slots", 1),
+        Operand("records.pool", 2, of_layers=True),
+        Operand("layer", 1),
+    ),
+    groups="slots",
+    results=lambda options, slots, *_: [((*slots.shape, options.format.head_dim), jnp.float32)],
+    attributes=lambda options, *operands: {
+        "format": np.uint8(RECORD_FORMATS.index(options.format.name)),
+        "page_size": options.page_size,
+        "scales": np.uint8(_SCALES.index(options.format.scales)),
+        "layer": options.layer,
+    },
+    reference=_op.of_layers(reference.dequantize_records),
+)
+_DEQUANTIZE_IN_LAYERS = DEQUANTIZE.with_layers()
 
 
 def store_records(
@@ -254,32 +288,23 @@ def store_records(
 
     The formats are those of FlashMLA, DeepGEMM, vLLM, SGLang and TensorRT-LLM.
     """
-    _check.choice("implementation", implementation, (None, "ffi", "xla"))
     pool, kind = _checked_records(records, layer is not None)
+    _check_compiled(kind, implementation)
     values = _check.array("values", values, _check.FLOATS, "N", kind.head_dim)
     count = values.shape[0]
     slots = _check.array("slots", slots, _check.I32, count)
     positions = _check.array("positions", positions, _check.I32, count)
-    if norm_weight is None:
-        weight = jnp.zeros(0, jnp.float32)
-    else:
-        weight = _check.array("norm_weight", norm_weight, ("float32",), kind.head_dim)
+    weight = _check.optional("norm_weight", norm_weight, ("float32",), kind.head_dim)
     if cos_sin_cache is None:
         table = jnp.zeros((0, ROPE_DIM), jnp.float32)
     else:
         table = _check.array("cos_sin_cache", cos_sin_cache, ("float32",), "positions", ROPE_DIM)
         if table.shape[0] < 1:
             raise ValueError("cos_sin_cache: expected at least one position, got 0")
-    if implementation != "xla" and (kind.name, kind.head_dim) not in _COMPILED:
-        raise ValueError(
-            f"no compiled format {kind.name!r} for head_dim {kind.head_dim}; compiled are "
-            f"{', '.join(f'{name} {dim}' for name, dim in _COMPILED)}; "
-            'implementation="xla" serves any head_dim'
-        )
     index, layer_operand = _check.layer(layer, pool.shape[0])
     options = _checked_options(kind, records, rms_norm_eps, rope_layout, hadamard, rounding)
     options = dataclasses.replace(options, layer=index)
-    operation = STORE if layer is None else _WITH_LAYERS
+    operation = STORE if layer is None else _STORE_IN_LAYERS
     (pool,) = _op.call(
         operation,
         options,
@@ -308,7 +333,11 @@ def _checked_options(
 
 
 def dequantize_records(
-    records: RecordCache, slots: ArrayLike, *, layer: int | ArrayLike | None = None
+    records: RecordCache,
+    slots: ArrayLike,
+    *,
+    layer: int | ArrayLike | None = None,
+    implementation: str | None = None,
 ) -> Array:
     """The records in some slots, in f32.
 
@@ -316,18 +345,20 @@ def dequantize_records(
       records: the cache.
       slots: ``[N]`` i32; one that does not exist gives zeros.
       layer: which layer of the cache is read, as in ``store_records``.
+      implementation: as in ``store_records``.
 
     Returns:
       ``[N, D]`` f32: code times scale, with at most one rounding.
 
     Raises:
-      ValueError, TypeError: a wrong shape or dtype; the text names the argument.
+      ValueError, TypeError: a wrong shape, dtype or choice; the text names the argument.
+      NotImplementedError: when differentiated.
     """
     pool, kind = _checked_records(records, layer is not None)
+    _check_compiled(kind, implementation)
     slots = _check.array("slots", slots, _check.I32, "N")
-    if 0 in (slots.size, pool.size):
-        return jnp.zeros((slots.shape[0], kind.head_dim), jnp.float32)
-    index, at = _check.layer(layer, pool.shape[0])
-    at = at if index < 0 else jnp.full(1, index, jnp.int32)
-    data, scales, exists = reference.read(pool, slots, at, kind, records.page_size)
-    return jnp.where(exists[:, None], reference.decode(data, scales, kind), 0)
+    index, layer_operand = _check.layer(layer, pool.shape[0])
+    operation = DEQUANTIZE if layer is None else _DEQUANTIZE_IN_LAYERS
+    options = _ReadOptions(kind, records.page_size, index)
+    (values,) = _op.call(operation, options, implementation, slots, pool, layer_operand)
+    return values

@@ -50,6 +50,16 @@ def store_records(
     return (write(pool, encode(records, format), slots, exists, layer, format, page_size),)
 
 
+def dequantize_records(
+    slots: Array, pool: Array, layer: Array, *, format: RecordFormat, page_size: int
+) -> tuple[Array]:
+    """The records in ``slots``, zeros where there is none."""
+    if 0 in (slots.shape[0], pool.size):
+        return (jnp.zeros((slots.shape[0], format.head_dim), jnp.float32),)
+    data, scales, exists = read(pool, slots, layer, format, page_size)
+    return (jnp.where(exists[:, None], decode(data, scales, format), 0),)
+
+
 def normalize(x: Array, weight: Array, eps: float) -> Array:
     """RMSNorm over the last axis."""
     mean = jnp.mean(x * x, axis=-1, keepdims=True)
