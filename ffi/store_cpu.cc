@@ -85,7 +85,7 @@ void quantize(const float* x, const RecordOptions& options, uint8_t* data, uint8
     const BlockScale scale = scale_of<kFormat>(amax, options);
     if constexpr (kFormat == RecordFormat::kMxfp4) {
       float quotients[kBlock];
-      if (scale.exponent < 105) {  // denormal values count
+      if (scale.exponent < 105) {  // a denormal value may be more than nothing
         for (int c = 0; c < kBlock; ++c) {
           quotients[c] = divide_by_power_of_two(x[first + c], scale.exponent);
         }
