@@ -72,7 +72,6 @@ JAX_DSV4_HD float float_of(uint32_t bits) {
 #endif
 }
 
-JAX_DSV4_HD float magnitude_of(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
 JAX_DSV4_HD bool is_nan(float x) { return (bits_of(x) & 0x7fffffffu) > 0x7f800000u; }
 JAX_DSV4_HD float to_bf16_and_back(float x) { return to_f32(round_to<bf16>(x)); }
 
@@ -114,14 +113,7 @@ JAX_DSV4_HD uint32_t to_e4m3(float x) {
 JAX_DSV4_HD uint32_t to_e2m1(float x) { return to_small_float<1, 1, 3>(x, kMaxE2m1); }
 
 // Of a block so far, and one more value; NaN counts for nothing.
-JAX_DSV4_HD float larger_magnitude(float amax, float x) {
-#ifdef __CUDA_ARCH__
-  return fmaxf(amax, fabsf(x));
-#else
-  const float magnitude = magnitude_of(x);
-  return magnitude > amax ? magnitude : amax;
-#endif
-}
+JAX_DSV4_HD float larger_magnitude(float amax, float x) { return fmaxf(amax, fabsf(x)); }
 
 // The biased exponent of the smallest power of two that is not below amax / kLargest, rounded to
 // f32. No quotient above a power of two rounds down to it: the least is larger by 2^-23 / 1.75.

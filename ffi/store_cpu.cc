@@ -65,7 +65,7 @@ void transform_hadamard(float (&x)[D]) {
   for (float& value : x) value *= factor;
 }
 
-// NaN counts for nothing, infinity for the largest f32. As integers, whose maximum is vectorised.
+// The largest magnitude; NaN counts for nothing. As integers: compilers vectorise their maximum.
 template <int kCount>
 float amax_of(const float* x, float least) {
   int32_t amax = bits_of(least);
@@ -73,7 +73,7 @@ float amax_of(const float* x, float least) {
     const int32_t magnitude = bits_of(x[c]) & 0x7fffffffu;
     amax = std::max(amax, magnitude > 0x7f800000 ? 0 : magnitude);
   }
-  return std::min(float_of(amax), kMaxFloat);
+  return float_of(amax);
 }
 
 // The bytes of kCount channels and of their scales.
