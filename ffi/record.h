@@ -72,7 +72,6 @@ JAX_DSV4_HD float float_of(uint32_t bits) {
 #endif
 }
 
-JAX_DSV4_HD float magnitude_of(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
 JAX_DSV4_HD bool is_nan(float x) { return (bits_of(x) & 0x7fffffffu) > 0x7f800000u; }
 JAX_DSV4_HD float to_bf16_and_back(float x) { return to_f32(round_to<bf16>(x)); }
 
@@ -84,21 +83,20 @@ JAX_DSV4_HD float exact_quotient(float x, float y) {
 #endif
 }
 
-// The code of a small float: saturating, sign kept; of NaN all ones below the sign.
+// The code of a small float: saturating, sign kept; of NaN that of the largest. Magnitudes are
+// compared as signed integers, and nothing branches: so compilers vectorise it, for SSE2 too.
 template <int kMantissaBits, int kBias, int kSignBit>
 JAX_DSV4_HD uint32_t to_small_float(float x, float largest) {
   constexpr int kDropped = 23 - kMantissaBits;
-  constexpr float kInteger = 8388608.0f;  // 2^23: what is added to it is rounded to an integer
-  const float clamped = magnitude_of(x) < largest ? magnitude_of(x) : largest;
-  const uint32_t bits = bits_of(clamped);
-  const uint32_t rounded = bits + ((1u << (kDropped - 1)) - 1) + ((bits >> kDropped) & 1);
-  const uint32_t normal = (rounded >> kDropped) - (uint32_t{127 - kBias} << kMantissaBits);
-  // Below the smallest normal number codes are multiples of the smallest number.
-  const float multiple = clamped * static_cast<float>(1 << (kBias - 1 + kMantissaBits));
-  const uint32_t subnormal = bits_of(multiple + kInteger) - bits_of(kInteger);
-  const uint32_t code = bits < (uint32_t{128 - kBias} << 23) ? subnormal : normal;
-  const uint32_t magnitude = is_nan(x) ? (1u << kSignBit) - 1 : code;
-  return magnitude | (bits_of(x) >> 31 << kSignBit);
+  constexpr int32_t kLeast = (128 - kBias) << 23;  // the smallest normal number
+  const int32_t magnitude = bits_of(x) & 0x7fffffffu, most = bits_of(largest);
+  const int32_t clamped = magnitude < most ? magnitude : most;
+  const int32_t own = clamped & 0x7f800000, exponent = own > kLeast ? own : kLeast;
+  // So large that its last place is a step between codes at this exponent: a sum is whole steps.
+  const int32_t large = exponent + (kDropped << 23);
+  const int32_t steps = bits_of(float_of(clamped) + float_of(large)) - large;
+  const uint32_t code = steps + ((exponent - kLeast) >> kDropped);
+  return code | (bits_of(x) >> 31 << kSignBit);
 }
 
 inline constexpr float kMaxE4m3 = 448.0f, kMaxE2m1 = 6.0f;
@@ -107,7 +105,7 @@ JAX_DSV4_HD uint32_t to_e4m3(float x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
   return __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
 #else
-  return to_small_float<3, 7, 7>(x, kMaxE4m3);
+  return to_small_float<3, 7, 7>(x, kMaxE4m3) | is_nan(x);  // 0x7f; the largest is 0x7e
 #endif
 }
 
@@ -115,14 +113,7 @@ JAX_DSV4_HD uint32_t to_e4m3(float x) {
 JAX_DSV4_HD uint32_t to_e2m1(float x) { return to_small_float<1, 1, 3>(x, kMaxE2m1); }
 
 // Of a block so far, and one more value; NaN counts for nothing.
-JAX_DSV4_HD float larger_magnitude(float amax, float x) {
-#ifdef __CUDA_ARCH__
-  return fmaxf(amax, fabsf(x));
-#else
-  const float magnitude = magnitude_of(x);
-  return magnitude > amax ? magnitude : amax;
-#endif
-}
+JAX_DSV4_HD float larger_magnitude(float amax, float x) { return fmaxf(amax, fabsf(x)); }
 
 // The biased exponent of the smallest power of two that is not below amax / kLargest, rounded to
 // f32. No quotient above a power of two rounds down to it: the least is larger by 2^-23 / 1.75.

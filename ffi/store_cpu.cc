@@ -45,19 +45,35 @@ void rotate(float (&x)[D], const float* row, bool interleaved) {
   }
 }
 
-template <int D>
-void transform_hadamard(float (&x)[D]) {
-  for (int step = 1; step < D; step *= 2) {
-    for (int first = 0; first < D; first += 2 * step) {
-      for (int c = first; c < first + step; ++c) {
-        const float low = x[c], high = x[c + step];
-        x[c] = low + high;
-        x[c + step] = low - high;
-      }
+// The sums and differences of channels kStep apart, then of those 2 kStep apart, and so on.
+template <int kStep, int D>
+void add_and_subtract(float (&x)[D]) {
+  for (int first = 0; first < D; first += 2 * kStep) {
+    for (int c = first; c < first + kStep; ++c) {
+      const float low = x[c], high = x[c + kStep];
+      x[c] = low + high;
+      x[c + kStep] = low - high;
     }
   }
+  if constexpr (2 * kStep < D) add_and_subtract<2 * kStep>(x);
+}
+
+template <int D>
+void transform_hadamard(float (&x)[D]) {
+  add_and_subtract<1>(x);
   const float factor = 1.0f / std::sqrt(static_cast<float>(D));
   for (float& value : x) value *= factor;
+}
+
+// The largest magnitude; NaN counts for nothing. As integers: compilers vectorise their maximum.
+template <int kCount>
+float amax_of(const float* x, float least) {
+  int32_t amax = bits_of(least);
+  for (int c = 0; c < kCount; ++c) {
+    const int32_t magnitude = bits_of(x[c]) & 0x7fffffffu;
+    amax = std::max(amax, magnitude > 0x7f800000 ? 0 : magnitude);
+  }
+  return float_of(amax);
 }
 
 // The bytes of kCount channels and of their scales.
@@ -65,15 +81,20 @@ template <RecordFormat kFormat, int kCount>
 void quantize(const float* x, const RecordOptions& options, uint8_t* data, uint8_t* scales) {
   constexpr int kBlock = RecordLayout<kFormat, kCount>::kBlock;
   for (int first = 0; first < kCount; first += kBlock) {
-    float amax = least_amax<kFormat>(options);
-    for (int c = 0; c < kBlock; ++c) amax = larger_magnitude(amax, x[first + c]);
+    const float amax = amax_of<kBlock>(x + first, least_amax<kFormat>(options));
     const BlockScale scale = scale_of<kFormat>(amax, options);
     if constexpr (kFormat == RecordFormat::kMxfp4) {
-      for (int c = 0; c < kBlock; c += 2) {
-        const uint32_t low = to_e2m1(divide_by_power_of_two(x[first + c], scale.exponent));
-        const uint32_t high = to_e2m1(divide_by_power_of_two(x[first + c + 1], scale.exponent));
-        data[(first + c) / 2] = static_cast<uint8_t>(low | high << 4);
+      float quotients[kBlock];
+      if (scale.exponent < 105) {  // a denormal value may be more than nothing
+        for (int c = 0; c < kBlock; ++c) {
+          quotients[c] = divide_by_power_of_two(x[first + c], scale.exponent);
+        }
+      } else {
+        for (int c = 0; c < kBlock; ++c) quotients[c] = x[first + c] * scale.reciprocal;
       }
+      uint8_t codes[kBlock];
+      for (int c = 0; c < kBlock; ++c) codes[c] = to_e2m1(quotients[c]);
+      for (int c = 0; c < kBlock; c += 2) data[(first + c) / 2] = codes[c] | codes[c + 1] << 4;
     } else {
       for (int c = 0; c < kBlock; ++c) {
         data[first + c] = static_cast<uint8_t>(to_e4m3(x[first + c] * scale.reciprocal));

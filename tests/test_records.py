@@ -100,25 +100,76 @@ def test_e4m3_is_nvidias():
     )
 
 
-@pytest.mark.parametrize("name", ("e4m3", "e2m1"))
+SMALL = {"e4m3": ml_dtypes.float8_e4m3fn, "e2m1": ml_dtypes.float4_e2m1fn}
+
+
+def conversion_inputs():
+    yield of_bf16(np.arange(2**16, dtype=np.uint16))
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        yield rng.integers(0, 2**32, 10**6, np.uint64).astype(np.uint32).view(np.float32)
+
+
+def check_codes(got, values, dtype):
+    """Those of ml_dtypes, which makes NaN of what is past the largest number."""
+    nan = np.isnan(values)
+    largest = float(ml_dtypes.finfo(dtype).max)
+    want = np.clip(np.where(nan, 0, values), -largest, largest).astype(dtype).view(np.uint8)
+    np.testing.assert_array_equal(got[~nan], want[~nan])
+    assert np.all(got[nan] & 0x7F == 0x7F) if dtype == SMALL["e4m3"] else np.all(got[nan] & 7 == 7)
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_conversions_are_those_of_ml_dtypes(name):
-    dtype = {"e4m3": ml_dtypes.float8_e4m3fn, "e2m1": ml_dtypes.float4_e2m1fn}[name]
+    dtype = SMALL[name]
     to_codes = {"e4m3": reference.to_e4m3, "e2m1": reference.to_e2m1}[name]
     from_codes = {"e4m3": reference.from_e4m3, "e2m1": reference.from_e2m1}[name]
-    largest = float(ml_dtypes.finfo(dtype).max)
-    every_bf16 = of_bf16(np.arange(2**16, dtype=np.uint16))
-    random = np.random.default_rng(0).integers(0, 2**32, 10**7, np.uint64).astype(np.uint32)
-    for values in (every_bf16, random.view(np.float32)):
-        nan = np.isnan(values)
-        want = np.clip(values, -largest, largest)
-        want = np.where(nan, 0, want).astype(dtype).view(np.uint8)
-        got = np.asarray(jax.jit(to_codes)(values))
-        np.testing.assert_array_equal(got[~nan], want[~nan])
-        assert np.all(got[nan] & 0x7F == (0x7F if name == "e4m3" else 7))
+    for values in conversion_inputs():
+        check_codes(np.asarray(jax.jit(to_codes)(values)), values, dtype)
     codes = np.arange(256 if name == "e4m3" else 16, dtype=np.uint8)
     np.testing.assert_array_equal(
         np.asarray(from_codes(codes)), codes.view(dtype).astype(np.float32)
     )
+
+
+def stored_data(values, format, device):
+    """The data of the values' records, as the kernel makes them: bytes [N, ...]."""
+    count, head_dim = values.shape
+    cache = init_records(1, count, head_dim=head_dim, format=format)
+    cache = dataclasses.replace(cache, pool=jnp.full(cache.pool.shape, 0xA5, jnp.uint8))
+    slots = np.arange(count, dtype=np.int32)
+    call = jax.jit(functools.partial(store_records, rounding="none", implementation="ffi"))
+    pool = np.asarray(call(*jax.device_put((values, slots, slots, cache), device)).pool)
+    return pool[0, : count * cache._kind.data_bytes].reshape(count, -1)
+
+
+def in_rows(values, size):
+    """As rows of this size, the last filled up with the first values."""
+    return np.resize(values, (-(-values.size // size), size))
+
+
+@np.errstate(invalid="ignore")  # conversions of signalling NaN
+def test_the_kernel_converts_to_bf16_and_e4m3_as_ml_dtypes(device):
+    for values in conversion_inputs():
+        values = in_rows(values, 512)
+        got = stored_data(values, "bf16", device).view(ml_dtypes.bfloat16)
+        nan, want = np.isnan(values), values.astype(ml_dtypes.bfloat16)
+        np.testing.assert_array_equal(got.view(np.uint16)[~nan], want.view(np.uint16)[~nan])
+        assert np.all(np.isnan(got[nan]))
+        check_codes(stored_data(values, "fp8", device), values, SMALL["e4m3"])
+
+
+@np.errstate(invalid="ignore")
+@pytest.mark.parametrize("exponent", (-126, -125, -1, 0, 125))
+def test_the_kernel_converts_to_e2m1_as_ml_dtypes(exponent, device):
+    """In blocks whose scale is this power of two: one value is 6 of it, none is larger."""
+    largest = np.ldexp(np.float32(6), exponent)
+    for values in conversion_inputs():
+        values = np.clip(in_rows(values, 31 * 16).reshape(-1, 31), -largest, largest)
+        values = np.insert(values, 0, largest, axis=1)
+        got = stored_data(values.reshape(-1, 512), "mxfp4", device)
+        got = np.stack((got & 15, got >> 4), -1).reshape(values.shape)
+        check_codes(got, np.ldexp(values, -exponent), SMALL["e2m1"])
 
 
 # --------------------------------------------------------------------------------------- the steps
