@@ -63,11 +63,13 @@ inline ffi::ErrorOr<DequantizeCall> check_dequantize(ffi::RemainingArgs operands
 
   const auto dims = slots.dimensions();
   const int64_t count = dims.back(), head_dim = values.dimensions().back();
+  const int64_t record_bytes = compiled_record_bytes(check, a.format, head_dim);
+  if (!check.ok()) return failure();
   check.set_groups({dims.begin(), dims.end() - 1});
   check.per_group("slots", slots, ffi::DataType::S32, {count});
   check.per_group("values", values, ffi::DataType::F32, {count, head_dim});
   const bool is_per_group = check.maybe_shared("records.pool", o.pool, kU8, pool_dims(o));
-  const RecordPool pool = check_pool(check, o, head_dim, !is_per_group);
+  const RecordPool pool = check_pool(check, o, record_bytes, !is_per_group);
   const int64_t total = product_of({check.num_groups(), count});
   check.require(total <= std::numeric_limits<int32_t>::max(),
                 "slots: groups times slots must be below 2^31");
@@ -80,19 +82,6 @@ inline ffi::ErrorOr<DequantizeCall> check_dequantize(ffi::RemainingArgs operands
       {static_cast<const int32_t*>(slots.untyped_data()), pool,
        static_cast<float*>(values.untyped_data()), static_cast<uint32_t>(check.num_groups()),
        static_cast<uint32_t>(count), a.scales}};
-}
-
-// Four channels from `first` on, of slot `index` of G * N; zeros where it does not exist.
-template <class Record>
-JAX_DSV4_HD void dequantize(const DequantizeParams& p, uint32_t index, int first, float (&x)[4]) {
-  const RecordPages pages = pages_of(p.pool, index / p.num_slots);
-  const RecordPlace place = find_place(p.pool, pages, p.slots[index], true);
-  if (!place.exists) {
-    for (float& value : x) value = 0;
-    return;
-  }
-  const RecordRow<typename Record::Layout> row(p.pool, pages, place);
-  read_channels<Record::kFormat, Record::kHeadDim>(row.data, row.scales, p.scales, first, x);
 }
 
 }  // namespace jax_dsv4

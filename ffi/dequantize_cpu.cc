@@ -10,14 +10,20 @@
 namespace jax_dsv4 {
 namespace {
 
+// Slot `index` of G * N.
 template <class Record>
 void dequantize_record(const DequantizeParams& p, int64_t index) {
-  float* const values = p.values + index * Record::kHeadDim;
-  for (int first = 0; first < Record::kHeadDim; first += 4) {
-    float x[4];
-    dequantize<Record>(p, static_cast<uint32_t>(index), first, x);
-    std::memcpy(values + first, x, sizeof(x));
+  constexpr int D = Record::kHeadDim;
+  const RecordPages pages = pages_of(p.pool, static_cast<uint32_t>(index / p.num_slots));
+  const RecordPlace place = find_place(p.pool, pages, p.slots[index], true);
+  float x[D] = {};
+  if (place.exists) {
+    const RecordRow<typename Record::Layout> row(p.pool, pages, place);
+    for (int c = 0; c < D; c += 4) {
+      read_channels<Record::kFormat, D>(row.data, row.scales, p.scales, c, x + c);
+    }
   }
+  std::memcpy(p.values + index * D, x, sizeof(x));
 }
 
 ffi::Future dequantize_records(ffi::ThreadPool pool, ffi::RemainingArgs operands,

@@ -20,9 +20,15 @@ __global__ void __launch_bounds__(128)
   constexpr uint32_t kThreads = Record::kHeadDim / 4;  // of a slot
   const uint64_t thread = blockIdx.x * uint64_t{blockDim.x} + threadIdx.x;
   if (thread >= uint64_t{p.num_groups} * p.num_slots * kThreads) return;
-  Vector<float, 4> x;
-  dequantize<Record>(p, static_cast<uint32_t>(thread / kThreads),
-                     static_cast<int>(thread % kThreads * 4), x.x);
+  const uint32_t index = static_cast<uint32_t>(thread / kThreads);  // of G * N
+  const RecordPages pages = pages_of(p.pool, index / p.num_slots);
+  const RecordPlace place = find_place(p.pool, pages, p.slots[index], true);
+  Vector<float, 4> x = {};
+  if (place.exists) {
+    const RecordRow<typename Record::Layout> row(p.pool, pages, place);
+    read_channels<Record::kFormat, Record::kHeadDim>(row.data, row.scales, p.scales,
+                                                     static_cast<int>(thread % kThreads * 4), x.x);
+  }
   store(p.values + 4 * thread, x);
 }
 

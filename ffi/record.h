@@ -214,10 +214,11 @@ JAX_DSV4_HD uint32_t load_word(const uint8_t* from) {  // 4-byte aligned
 #endif
 }
 
-// Four channels from `first` on, a multiple of 4, of a record whose data and scales these are.
+// Channels `first` to `first` + 3, where `first` is a multiple of 4, of a record whose data and
+// scales these are.
 template <RecordFormat kFormat, int kHeadDim>
 JAX_DSV4_HD void read_channels(const uint8_t* data, const uint8_t* scales, Scales kind, int first,
-                               float (&x)[4]) {
+                               float* x) {
   using F = RecordFormat;
   constexpr int kPlain = kFormat == F::kFp8DsMla ? kHeadDim - kRopeDim : kHeadDim;
   if (kFormat == F::kF32) {

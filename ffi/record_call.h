@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <iterator>
 #include <limits>
-#include <string>
 
 #include "config.h"
 #include "operands.h"
@@ -55,22 +54,25 @@ inline Dims pool_dims(const PoolOperands& o) {
   return {dims.end() - static_cast<ptrdiff_t>(o.rank()), dims.end()};
 }
 
+// Of one record, with its scales; there must be a kernel for it.
+inline int64_t compiled_record_bytes(OperandChecker& check, RecordFormat format, int64_t head_dim) {
+  int64_t bytes = 0;
+  const bool is_compiled = visit_record(format, head_dim, [&](auto record) {
+    using Layout = typename decltype(record)::Layout;
+    bytes = Layout::kData + Layout::kScales;
+  });
+  check.require(is_compiled, "no compiled format ", kRecordFormatNames[static_cast<int>(format)],
+                " for head_dim ", head_dim);
+  return bytes;
+}
+
 // The pool, once the groups are known; `is_shared`: by all of them.
-inline RecordPool check_pool(OperandChecker& check, const PoolOperands& o, int64_t head_dim,
+inline RecordPool check_pool(OperandChecker& check, const PoolOperands& o, int64_t record_bytes,
                              bool is_shared) {
   constexpr int64_t kInt32Max = std::numeric_limits<int32_t>::max();
   const Dims dims = pool_dims(o);
   const int64_t num_layers = dims.size() == 3 ? dims.front() : 1;
   const int64_t num_pages = *(dims.end() - 2), page_bytes = dims.back();
-  int64_t record_bytes = 0;
-  const bool is_compiled = visit_record(o.format, head_dim, [&](auto record) {
-    using Layout = typename decltype(record)::Layout;
-    record_bytes = Layout::kData + Layout::kScales;
-  });
-  check.require(is_compiled, std::string("no compiled format ") +
-                                 kRecordFormatNames[static_cast<int>(o.format)] + " for head_dim " +
-                                 std::to_string(head_dim));
-  if (!check.ok()) return {};
   const bool layer_is_per_group =
       check.maybe_shared("layer", o.layer, ffi::DataType::S32, {o.has_layer_operand()});
   check.require(o.layer_index >= PoolOperands::kNoLayer &&
@@ -80,8 +82,8 @@ inline RecordPool check_pool(OperandChecker& check, const PoolOperands& o, int64
                 "operand");
   check.require(page_bytes % 4 == 0 && page_bytes / record_bytes >= o.page_size,
                 "records.pool: expected pages of a multiple of 4 bytes that hold page_size records "
-                "of " +
-                    std::to_string(record_bytes) + " bytes, got " + std::to_string(page_bytes));
+                "of ",
+                record_bytes, " bytes, got ", page_bytes);
   check.require(num_layers <= kInt32Max && num_pages <= kInt32Max,
                 "records.pool: layers and pages must be below 2^31");
   if (!check.ok()) return {};

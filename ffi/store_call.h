@@ -73,6 +73,8 @@ inline ffi::ErrorOr<StoreCall> check_store(ffi::RemainingArgs operands, ffi::Rem
   const Dims dims = pool_dims(o);
   check.set_groups({b.pool.dimensions().begin(), b.pool.dimensions().end() - o.rank()});
   const int64_t head_dim = b.values.dimensions().back();
+  const int64_t record_bytes = compiled_record_bytes(check, a.format, head_dim);
+  if (!check.ok()) return failure();
   const int64_t count = b.values.dimensions()[b.values.dimensions().size() - 2];
   const int64_t num_positions = b.table.dimensions()[b.table.dimensions().size() - 2];
   const bool has_weight = b.norm_weight.dimensions().back() != 0;
@@ -97,7 +99,7 @@ inline ffi::ErrorOr<StoreCall> check_store(ffi::RemainingArgs operands, ffi::Rem
   check.per_group("records.pool", b.pool, kU8, dims);
   check.per_group("records.pool result", b.pool_out, kU8, dims);
   check.aliases("records.pool", b.pool, b.pool_out);
-  p.pool = check_pool(check, o, head_dim, /*is_shared=*/false);
+  p.pool = check_pool(check, o, record_bytes, /*is_shared=*/false);
   const int64_t groups = check.num_groups();
   check.require(product_of({groups, count}) <= kInt32Max,
                 "values: groups times values must be below 2^31");

@@ -146,7 +146,7 @@ TOO_LONG = f"records.pool: expected pages of a multiple of 4 bytes .* {D + 4} by
         (
             LAYERS | {"records.pool": ((G, HUGE, 0, POOL[2]), jnp.uint8)},
             {},
-            "records.pool: positions, layers and pages must be below",
+            "records.pool: layers and pages must be below",
         ),
     ],
     ids=str,
