@@ -22,7 +22,7 @@ from jax_dsv4 import (
     init_records,
     store_records,
 )
-from jax_dsv4.records import STORE
+from jax_dsv4.records import DEQUANTIZE, STORE
 from jax_dsv4.reference import records as reference
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "shared" / "golden"
@@ -597,6 +597,87 @@ def test_it_can_be_exported():
     loaded = jax.export.deserialize(exported.serialize())
     got = loaded.call(operands, arrays)
     np.testing.assert_array_equal(got.pool, stores(operands, arrays).pool)
+
+
+# ----------------------------------------------------------------------------------- reading back
+
+
+def full_of_anything(kind, seed=0, num_pages=4, page_size=5):
+    """A cache of random bytes, but for products that are denormal, which jnp may take for 0."""
+    (_, _, _, cache), _ = case(kind, page_size, extra=4, num_pages=num_pages)
+    rng = np.random.default_rng(seed)
+    pool = rng.integers(0, 256, cache.pool.shape, np.uint8)
+    scales = pool[:, page_size * cache._kind.data_bytes : cache._kind.page_bytes(page_size)]
+    if kind[0] == "fp8_block128" and kind[2].get("scales") != "ue8m0":
+        size = scales.shape[1] // 4
+        scales.view(np.uint8)[:] = (
+            np.ldexp(rng.random((num_pages, size)) + 1, rng.integers(-100, 120, (num_pages, size)))
+            .astype(np.float32)
+            .view(np.uint8)
+        )
+    elif kind[0] != "mxfp4":
+        scales[:] = rng.integers(20, 255, scales.shape, np.uint8)
+    return dataclasses.replace(cache, pool=pool)
+
+
+@pytest.mark.parametrize("kind", (*KINDS, ("fp8", 512, {}), ("bf16", 128, {})), ids=name_of)
+def test_any_bytes_are_read_as_the_reference_reads_them(kind, device):
+    cache = full_of_anything(kind)
+    slots = np.array([*range(-3, 23), 2**31 - 1, -(2**31)], np.int32)
+    got, want = (
+        np.asarray(dequantize_records(*jax.device_put((cache, slots), device), implementation=i))
+        for i in ("ffi", "xla")
+    )
+    np.testing.assert_array_equal(got, want)
+    exists = (slots >= 0) & (slots < 20)
+    assert np.all(got[~exists] == 0) and np.all(np.any(got[exists] != 0, axis=1))
+
+
+@pytest.mark.parametrize("mapped", ((None, 0), (0, None), (0, 0)), ids=str)
+@pytest.mark.parametrize("implementation", ("ffi", "xla"))
+def test_reading_under_vmap_is_a_loop_and_one_call(mapped, implementation):
+    caches = [full_of_anything(KINDS[3], seed) for seed in range(3)]
+    slots = np.random.default_rng(0).integers(-2, 22, (3, 7)).astype(np.int32)
+    cache = caches[0] if mapped[0] is None else jax.tree.map(lambda *x: np.stack(x), *caches)
+    read = functools.partial(dequantize_records, implementation=implementation)
+    program = jax.jit(jax.vmap(read, mapped))
+    got = program(cache, slots if mapped[1] == 0 else slots[0])
+    for i in range(3):
+        own = caches[0 if mapped[0] is None else i], slots[0 if mapped[1] is None else i]
+        np.testing.assert_array_equal(got[i], read(*own))
+    if implementation == "ffi":
+        text = program.lower(cache, slots if mapped[1] == 0 else slots[0]).as_text()
+        assert text.count(f"custom_call @{DEQUANTIZE.target}") == 1
+
+
+@pytest.mark.parametrize("axis_type", (AxisType.Auto, AxisType.Explicit), ids=str)
+def test_reading_on_a_mesh_is_split(axis_type):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(axis_type,), devices=jax.devices("cpu")[:8])
+    caches = [full_of_anything(KINDS[3], seed) for seed in range(8)]
+    stacked = jax.tree.map(lambda *x: np.stack(x), *caches)
+    slots = np.random.default_rng(0).integers(-2, 22, (8, 7)).astype(np.int32)
+    split = jax.device_put((stacked, slots), NamedSharding(mesh, P("x")))
+    program = jax.jit(jax.vmap(dequantize_records))
+    assert not COLLECTIVE.findall(program.lower(*split).compile().as_text())
+    want = [dequantize_records(cache, own) for cache, own in zip(caches, slots, strict=True)]
+    np.testing.assert_array_equal(program(*split), want)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error"),
+    [
+        ({"slots": np.zeros((2, 2), np.int32)}, ValueError),
+        ({"slots": np.zeros(2, np.uint8)}, TypeError),
+        ({"layer": 0}, ValueError),
+        ({"implementation": "cuda"}, ValueError),
+        ({"records": np.zeros((4, 4), np.uint8)}, TypeError),
+    ],
+    ids=str,
+)
+def test_a_wrong_argument_of_a_reader_is_named(changed, error):
+    arguments = {"records": full_of_anything(KINDS[0]), "slots": np.zeros(2, np.int32)} | changed
+    with pytest.raises(error, match=f"^{next(iter(changed))}"):
+        dequantize_records(**arguments)
 
 
 def test_a_derivative_raises():

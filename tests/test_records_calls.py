@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_errors import OTHER_SHAPES
 
-from jax_dsv4.records import RECORD_FORMATS, STORE
+from jax_dsv4.records import DEQUANTIZE, RECORD_FORMATS, STORE
 
 G, N, D, PAGES, PAGE_SIZE = 2, 3, 128, 4, 5
 POOL = (G, PAGES, PAGE_SIZE * (D + 4))
@@ -189,3 +189,58 @@ def test_a_missing_attribute_is_refused(name):
         f"{len(attributes)}",
         attributes=attributes,
     )
+
+
+# ---------------------------------------------------------------------------------- reading records
+
+
+READ_OPERANDS = {
+    "slots": ((G, N), jnp.int32),
+    "records.pool": ((1, *POOL[1:]), jnp.uint8),
+    "layer": ((1, 0), jnp.int32),
+}
+READ_ATTRIBUTES = {name: ATTRIBUTES[name] for name in ("format", "page_size", "scales")}
+READ_ATTRIBUTES |= {"layer": -1, "geometry": -1}
+DEEP = {"records.pool": ((1, 3, *POOL[1:]), jnp.uint8)}
+
+
+def raw_read(changed=None, attributes=None, result=((G, N, D), jnp.float32), count=3):
+    operands = [np.zeros(*spec) for spec in (READ_OPERANDS | (changed or {})).values()][:count]
+    call = jax.ffi.ffi_call(DEQUANTIZE.target, jax.ShapeDtypeStruct(*result), has_side_effect=True)
+    attributes = READ_ATTRIBUTES | (attributes or {})
+    with jax.default_device(jax.devices("cpu")[0]):
+        return jax.block_until_ready(jax.jit(lambda *x: call(*x, **attributes))(*operands))
+
+
+def test_good_operands_are_read():
+    assert not np.any(raw_read())
+    layers = {"records.pool": ((G, 3, *POOL[1:]), jnp.uint8), "layer": ((G, 1), jnp.int32)}
+    assert not np.any(raw_read(layers))
+
+
+@pytest.mark.parametrize(
+    ("text", "keywords"),
+    [
+        ("expected 3 operands and 1 results, got 2", {"count": 2}),
+        (r"slots: expected \[..., N\]", {"changed": {"slots": ((), jnp.int32)}}),
+        ("slots: expected S32", {"changed": {"slots": ((G, N), jnp.uint32)}}),
+        ("records.pool: expected U8", {"changed": {"records.pool": (POOL, jnp.int8)}}),
+        ("records.pool: expected U8", {"changed": {"records.pool": ((3, *POOL[1:]), jnp.uint8)}}),
+        ("records.pool: expected pages", {"attributes": {"page_size": PAGE_SIZE + 1}}),
+        ("page_size: expected 1", {"attributes": {"page_size": 0}}),
+        ("format: expected 0 to 5", {"attributes": {"format": np.uint8(6)}}),
+        ("scales: expected 0, or 1", {"attributes": {"scales": np.uint8(3)}}),
+        ("layer: expected an index", {"changed": DEEP, "attributes": {"layer": 3}}),
+        ("layer: expected S32", {"changed": {"layer": ((1, 1), jnp.float32)} | DEEP}),
+        ("geometry: expected -1", {"attributes": {"geometry": 0}}),
+        ("values: expected F32", {"result": ((G, N, D), jnp.bfloat16)}),
+        ("values: expected F32", {"result": ((G, N + 1, D), jnp.float32)}),
+        (
+            "no compiled format fp8_block128 for head_dim 256",
+            {"result": ((G, N, 256), jnp.float32)},
+        ),
+    ],
+)
+def test_wrong_operands_are_not_read(text, keywords):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"dequantize_records: {text}"):
+        raw_read(**keywords)
