@@ -2,10 +2,12 @@
 
     python benchmarks/records.py [--out results.jsonl]
 
-Each call has values, slots and positions of its own, and a program reads 1 GiB of something else:
-nothing that a call touches is in the L2 cache, and a program takes longer than its dispatch. The
-time per call is the difference between a program of many calls and one of a quarter of them, over
-the calls in between; the two run in turns.
+Calls are those of a model's layers: each has values of its own, and a layer of the cache; all share
+slots, positions, weight and table. A program reads 1 GiB of something else, so that no value and no
+page is in the L2 cache, and that it takes longer than its dispatch. The time per call is the
+difference between a program of many calls and one of a quarter of them, over the calls in between;
+the two run in turns. In ``benchmarks/records.cu`` slots, positions and the table's rows are cold,
+too.
 Beside each: the jitted jnp reference, and the time that its bytes take at the rate of one large
 copy in the same run.
 """
@@ -43,11 +45,12 @@ def make_program(calls: int, implementation: str, options: dict):
         for i in range(calls):
             records = store_records(
                 values[i],
-                slots[i],
-                positions[i],
+                slots,
+                positions,
                 records,
                 norm_weight=weight,
                 cos_sin_cache=table,
+                layer=i,
                 implementation=implementation,
                 **options,
             )
@@ -60,18 +63,20 @@ def measure(format: str, head_dim: int, options: dict, count: int, implementatio
     """Microseconds per call, median of 15."""
     rng = np.random.default_rng(0)
     is_prompt = count > 1000  # whose rows lie side by side, where a decode step's lie anywhere
-    calls = 16 if is_prompt else 32 if implementation == "xla" else 128
-    num_slots = max(calls * count, 1 << 14)
-    records = init_records(num_slots // PAGE_SIZE, PAGE_SIZE, head_dim=head_dim, format=format)
-    slots, positions = np.arange(calls * count), 4 * np.arange(calls * count) % NUM_POSITIONS
+    calls = 16 if is_prompt else 32 if implementation == "xla" else 64
+    num_slots = max(count, 1 << 12)
+    records = init_records(
+        num_slots // PAGE_SIZE, PAGE_SIZE, head_dim=head_dim, format=format, layers=calls
+    )
+    slots, positions = np.arange(count), 4 * np.arange(count)
     if not is_prompt:
-        slots = rng.permutation(num_slots)[: calls * count]
-        positions = rng.integers(0, NUM_POSITIONS, calls * count)
+        slots = rng.permutation(num_slots)[:count]
+        positions = rng.integers(0, NUM_POSITIONS, count)
     keys = iter(jax.random.split(jax.random.key(0), calls + 2))
     rest = (
         [jax.random.normal(next(keys), (count, head_dim)) for _ in range(calls)],
-        [jnp.asarray(x, jnp.int32) for x in slots.reshape(calls, count)],
-        [jnp.asarray(x, jnp.int32) for x in positions.reshape(calls, count)],
+        jnp.asarray(slots, jnp.int32),
+        jnp.asarray(positions, jnp.int32),
         jax.random.normal(next(keys), (head_dim,)),
         jax.random.normal(next(keys), (NUM_POSITIONS, 64)),
         jnp.ones(COLD_BYTES // 4, jnp.float32),
@@ -115,6 +120,7 @@ def copy_rate() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--commit", help="what is measured, where this is no git checkout")
+    parser.add_argument("--formats", nargs="+", default=[name for name, *_ in FORMATS])
     parser.add_argument("--out", default="/dev/null", help="append JSON lines to this file")
     args = parser.parse_args()
     rate = copy_rate()
@@ -122,6 +128,8 @@ def main() -> None:
     with open(args.out, "a") as out:
         print(json.dumps(environment | {"copy_gb_s": round(rate)}), flush=True)
         for format, head_dim, options in FORMATS:
+            if format not in args.formats:
+                continue
             row_bytes = init_records(1, 1, head_dim=head_dim, format=format)._kind
             for count in COUNTS:
                 moved = count * (4 * head_dim + 256 + row_bytes.data_bytes + row_bytes.scale_bytes)

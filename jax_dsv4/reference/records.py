@@ -187,18 +187,18 @@ def decode(data: Array, scales: Array, format: RecordFormat) -> Array:
 def _quantize_e4m3(x: Array, block: int, format: RecordFormat) -> tuple[Array, Array]:
     blocks = x.reshape(x.shape[0], -1, block)
     scale = _quotient(_amax(blocks, 0.0 if format.scale_floor else 1e-4), _E4M3_MAX)
-    exponent = _exponent_above(scale)
-    if format.scale_floor:
-        exponent = jnp.maximum(exponent, 127 - 13)
     if format.has_power_of_two_scales:
-        scale = _power_of_two(exponent)
-    reciprocal = jax.lax.optimization_barrier(1 / scale)  # XLA would divide by the scale instead
+        exponent = _exponent_above(scale)
+        if format.scale_floor:
+            exponent = jnp.maximum(exponent, 127 - 13)
+        scale, reciprocal = _power_of_two(exponent), _power_of_two(254 - exponent)
+    else:
+        exponent, reciprocal = None, _quotient(1.0, scale)
     codes = to_e4m3(blocks * reciprocal[..., None]).reshape(x.shape)
-    if format.name == "fp8_ds_mla":
-        return codes, exponent.astype(jnp.uint8)
-    if format.scales == "ue8m0":
-        return codes, jnp.repeat(exponent.astype(jnp.uint8), 4, axis=-1)
-    return codes, _bytes_of(scale)
+    if exponent is None or format.scales == "power_of_two":
+        return codes, _bytes_of(scale)
+    exponents = exponent.astype(jnp.uint8)
+    return codes, exponents if format.name == "fp8_ds_mla" else jnp.repeat(exponents, 4, axis=-1)
 
 
 def _quantize_e2m1(x: Array) -> tuple[Array, Array]:
@@ -223,11 +223,26 @@ def _amax(blocks: Array, floor: float) -> Array:
     return jnp.maximum(jnp.max(magnitudes, axis=-1), jnp.float32(floor))
 
 
-def _quotient(x: Array, divisor: float) -> Array:
-    """Correctly rounded. XLA would multiply by the reciprocal of a divisor that it knows, and make
-    the reciprocal of a quotient one division.
+def _quotient(x: Array | float, y: Array | float) -> Array:
+    """x / y of numbers that are not negative, correctly rounded where it is normal.
+
+    By long division of mantissas: XLA's own division multiplies by reciprocals that it knows, and
+    is off by a step in the last place on a GPU.
     """
-    return jax.lax.optimization_barrier(x / jnp.where(jnp.isnan(x), x, jnp.float32(divisor)))
+    bits = [jax.lax.bitcast_convert_type(jnp.asarray(z, jnp.float32), jnp.int32) for z in (x, y)]
+    dividend, divisor = ((z & 0x7FFFFF | 0x800000).astype(jnp.uint32) for z in bits)
+    quotient, rest = dividend // divisor, dividend % divisor
+    for digits in (8, 8, 8, 2):  # after the point; then 26 or 27 in all, and 24 are kept
+        rest <<= digits
+        quotient, rest = quotient << digits | rest // divisor, rest % divisor
+    is_below_1 = quotient < 1 << 26
+    quotient <<= is_below_1.astype(jnp.uint32)
+    odd, beyond = quotient >> 3 & 1, rest != 0
+    mantissa = (quotient + 3 + (odd | beyond)) >> 3
+    exponent = (bits[0] >> 23) - (bits[1] >> 23) + 127 - is_below_1
+    return jax.lax.bitcast_convert_type(
+        (exponent << 23) + (mantissa.astype(jnp.int32) - 0x800000), jnp.float32
+    )
 
 
 def _exponent_above(scale: Array) -> Array:
