@@ -114,7 +114,7 @@ run_test() {
 # where each ends.
 run_sanitize() {
   local tool
-  deal_tests kernels 6 "every_geometry or (no_other_byte and ffi)" || { failed+=(collect) && return; }
+  deal_tests kernels 12 "every_geometry or (no_other_byte and ffi)" || { failed+=(collect) && return; }
   export XLA_PYTHON_CLIENT_ALLOCATOR=platform
   for tool in memcheck racecheck; do
     start_tests sanitize_shard kernels "$tool" \
