@@ -11,6 +11,7 @@ if importlib.util.find_spec("jax_dsv4._cpu") is None:
     )
 
 from jax_dsv4._op import EXPORT_DISABLED_CHECKS
+from jax_dsv4.compressor import CacheTables, Compressor, CompressorCache, decode_records
 from jax_dsv4.decode import paged_kv_compress, raw_to_prefix
 from jax_dsv4.pages import OutOfPages, PagePool, SlotTables, live_pages, pages_needed, slot_tables
 from jax_dsv4.records import (
@@ -30,7 +31,10 @@ __all__ = [
     "EXPORT_DISABLED_CHECKS",
     "RECORD_FORMATS",
     "STATE_FORMATS",
+    "CacheTables",
     "CompletedWindows",
+    "Compressor",
+    "CompressorCache",
     "CompressorState",
     "OutOfPages",
     "PagePool",
@@ -38,6 +42,7 @@ __all__ = [
     "SlotTables",
     "__version__",
     "completed_windows",
+    "decode_records",
     "dequantize_records",
     "init_records",
     "init_state",

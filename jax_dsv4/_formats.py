@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 ROPE_DIM = 64  # the last channels of a record, which are rotated
+ROPE_LAYOUTS = ("halves", "interleaved")  # of a row of the table
 
 
 @dataclasses.dataclass(frozen=True)

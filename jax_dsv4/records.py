@@ -11,14 +11,13 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jax_dsv4 import _check, _cpu, _op, _pytree
-from jax_dsv4._formats import ROPE_DIM, RecordFormat
+from jax_dsv4._formats import ROPE_DIM, ROPE_LAYOUTS, RecordFormat
 from jax_dsv4._op import Operand
 from jax_dsv4.reference import records as reference
 
 RECORD_FORMATS = ("f32", "bf16", "fp8", "fp8_ds_mla", "fp8_block128", "mxfp4")
 _COMPILED = tuple(_cpu.RECORDS)  # (format, head_dim)
 _SCALES = ("f32", "power_of_two", "ue8m0")
-_ROPE_LAYOUTS = ("halves", "interleaved")
 _ROUNDINGS = (None, "once", "none", "model")
 
 
@@ -302,8 +301,10 @@ def store_records(
         if table.shape[0] < 1:
             raise ValueError("cos_sin_cache: expected at least one position, got 0")
     index, layer_operand = _check.layer(layer, pool.shape[0])
-    options = _checked_options(kind, records, rms_norm_eps, rope_layout, hadamard, rounding)
-    options = dataclasses.replace(options, layer=index)
+    made_by = check_record_options(rms_norm_eps, rope_layout, hadamard, rounding)
+    if hadamard:
+        _check_hadamard(kind)
+    options = _Options(kind, records.page_size, **made_by, layer=index)
     operation = STORE if layer is None else _STORE_IN_LAYERS
     (pool,) = _op.call(
         operation,
@@ -314,22 +315,31 @@ def store_records(
     return dataclasses.replace(records, pool=pool)
 
 
-def _checked_options(
-    kind: RecordFormat, records: RecordCache, eps: Any, layout: Any, hadamard: Any, rounding: Any
-) -> _Options:
+def check_record_options(
+    rms_norm_eps: Any, rope_layout: Any, hadamard: Any, rounding: Any
+) -> dict[str, Any]:
+    """What a record is made by, each choice in one form, by its name."""
+    eps = rms_norm_eps
     if not isinstance(eps, (int, float, np.floating, np.integer)) or not eps >= 0:
         raise ValueError(f"rms_norm_eps: expected a number of at least 0, got {eps!r}")
-    _check.choice("rope_layout", layout, _ROPE_LAYOUTS)
+    _check.choice("rope_layout", rope_layout, ROPE_LAYOUTS)
     if not isinstance(hadamard, (bool, np.bool_)):
         raise TypeError(f"hadamard: expected True or False, got {hadamard!r}")
-    if hadamard and (kind.name == "fp8_ds_mla" or kind.head_dim & (kind.head_dim - 1)):
+    _check.choice("rounding", rounding, _ROUNDINGS)
+    return {
+        "rms_norm_eps": float(eps),
+        "rope_layout": rope_layout,
+        "hadamard": bool(hadamard),
+        "rounding": rounding or ("none" if hadamard else "once"),
+    }
+
+
+def _check_hadamard(kind: RecordFormat) -> None:
+    if kind.name == "fp8_ds_mla" or kind.head_dim & (kind.head_dim - 1):
         raise ValueError(
             f"hadamard: expected False in format {kind.name!r} with head_dim {kind.head_dim}: it "
             "mixes all channels of a power of two"
         )
-    _check.choice("rounding", rounding, _ROUNDINGS)
-    rounding = rounding or ("none" if hadamard else "once")
-    return _Options(kind, records.page_size, float(eps), layout, bool(hadamard), rounding)
 
 
 def dequantize_records(

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from jax_dsv4 import _check
-from jax_dsv4._formats import ROPE_DIM
-from jax_dsv4.records import _ROPE_LAYOUTS
+from jax_dsv4._formats import ROPE_DIM, ROPE_LAYOUTS
 
 _THETA_FIELDS = {"compress": "compress_rope_theta", "main": "rope_theta"}
 # mscale and mscale_all_dim change nothing: neither DeepSeek's code nor transformers has them scale
@@ -61,7 +60,7 @@ def make_cos_sin_cache(
     """
     rows = _check.integer("max_position", max_position, 1, _MAX_POSITION)
     _check.choice("rope", rope, tuple(_THETA_FIELDS))
-    _check.choice("rope_layout", rope_layout, _ROPE_LAYOUTS)
+    _check.choice("rope_layout", rope_layout, ROPE_LAYOUTS)
     name, parameters = _find_parameters(config, rope)
     _check_rope_dim(config, name, parameters)
     rope_type = _checked_type(name, parameters)
