@@ -1,5 +1,6 @@
 """Decode that ends in records: the same as its parts, for one compressor and for several."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -8,6 +9,10 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import COLLECTIVE
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_matrix import MESHES, MODES, in_mode
 
 from jax_dsv4 import (
     EXPORT_DISABLED_CHECKS,
@@ -15,6 +20,7 @@ from jax_dsv4 import (
     Compressor,
     CompressorCache,
     decode_records,
+    dequantize_records,
     init_records,
     init_state,
     paged_kv_compress,
@@ -261,6 +267,51 @@ def test_vmap_is_a_loop():
     for i in range(3):
         want = step(rows[i], compressor, caches[i], tables[i])
         check_equal(jax.tree.map(lambda x, i=i: x[i], got), want)
+
+
+def step_and_read(rows, compressor, cache, tables, slots):
+    cache = decode_records(rows, compressor, cache, tables, LENS)
+    return cache, dequantize_records(cache.records, slots)
+
+
+@functools.cache
+def groups_of_requests():
+    """Operands of 8 groups, and what each gives alone."""
+    compressor = make_compressor("indexer")
+    caches, tables = zip(*(make_cache("indexer", seed=i) for i in range(8)), strict=True)
+    rows = [np.asarray(make_rows("indexer", i)) for i in range(8)]
+    slots = np.arange(-1, 40, dtype=np.int32)
+    want = [
+        step_and_read(*own, slots)
+        for own in zip(rows, [compressor] * 8, caches, tables, strict=True)
+    ]
+    stack = functools.partial(jax.tree.map, lambda *x: np.stack(list(map(np.asarray, x))))
+    return (stack(*rows), stack(*caches), stack(*tables)), (compressor, slots), stack(*want)
+
+
+@pytest.mark.parametrize("placed", (False, True), ids=("unplaced", "placed"))
+@pytest.mark.parametrize("mesh_type", MESHES)
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_and_meshes_change_no_bit(mode, mesh_type, placed):
+    (rows, caches, tables), (compressor, slots), want = groups_of_requests()
+    mesh = jax.make_mesh(
+        (8,),
+        ("a",),
+        axis_types=(MESHES[mesh_type] or AxisType.Auto,),
+        devices=jax.devices("cpu")[:8],
+    )
+    if placed:
+        rows, caches, tables = jax.device_put((rows, caches, tables), NamedSharding(mesh, P("a")))
+        compressor, slots = jax.device_put((compressor, slots), NamedSharding(mesh, P()))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(in_mode(mode))
+        if MESHES[mesh_type] is not None:
+            stack.enter_context(jax.set_mesh(mesh))
+        program = jax.jit(jax.vmap(step_and_read, (0, None, 0, 0, None)), donate_argnums=2)
+        operands = rows, compressor, caches, tables, slots
+        if placed:
+            assert not COLLECTIVE.findall(program.lower(*operands).compile().as_text())
+        check_equal(program(*operands), want)
 
 
 def test_it_can_be_exported_with_integers_of_numpy():
