@@ -109,8 +109,10 @@ JAX_DSV4_HD uint32_t to_e4m3(float x) {
 #endif
 }
 
-// NaN has no code: it becomes the largest number.
-JAX_DSV4_HD uint32_t to_e2m1(float x) { return to_small_float<1, 1, 3>(x, kMaxE2m1); }
+// NaN has no code: it becomes the largest number, whatever its sign.
+JAX_DSV4_HD uint32_t to_e2m1(float x) {
+  return to_small_float<1, 1, 3>(x, kMaxE2m1) & ~(static_cast<uint32_t>(is_nan(x)) << 3);
+}
 
 // Of a block so far, and one more value; NaN counts for nothing.
 JAX_DSV4_HD float larger_magnitude(float amax, float x) { return fmaxf(amax, fabsf(x)); }

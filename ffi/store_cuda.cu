@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <limits>
 
 #include "cuda_error.cuh"
 #include "store.h"
@@ -24,6 +25,9 @@ ffi::Error store_records(cudaStream_t stream, ffi::RemainingArgs operands,
   constexpr uint32_t kMaxGridY = 65535;
   if (p.num_groups > kMaxGridY) {
     return ffi::Error::InvalidArgument("records: too many groups for one launch");
+  }
+  if (int64_t{p.num_values} * 32 > std::numeric_limits<int32_t>::max()) {
+    return ffi::Error::InvalidArgument("values: too many for one launch");
   }
   const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
   if ((address(p.values) | address(p.norm_weight) | address(p.table)) % 16 != 0 ||

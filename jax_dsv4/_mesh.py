@@ -113,20 +113,39 @@ def over_explicit_axes(
     )(*(jax.sharding.reshard(operands[i], NamedSharding(mesh, specs[i])) for i in passed))
 
 
-def _tiles(sharding: Sharding, shape: tuple[int, ...], num_groups: int) -> Mesh:
-    """The devices by the groups that they have, an axis for each dimension; the last: alike.
+def _tiles(
+    sharding: Sharding, shape: tuple[int, ...], num_groups: int
+) -> tuple[Mesh, PartitionSpec]:
+    """The devices in the program's order, and the axes that split each group dimension.
 
-    A mesh of its own: the compiler may split a dimension over a part of an axis of the user's.
+    A mesh of its own, with an axis for each prime factor: the compiler may split a dimension over a
+    part of an axis of the user's. In another order of devices, XLA would move every operand.
     """
-    by_first: dict[tuple[int, ...], list[Any]] = {}
-    for device, index in sharding.devices_indices_map(shape).items():
-        first = tuple(axis.start or 0 for axis in index[:num_groups])
-        by_first.setdefault(first, []).append(device)
-    counts = [len({first[axis] for first in by_first}) for axis in range(num_groups)]
-    devices: Any = np.array([by_first[first] for first in sorted(by_first)], object)
-    return Mesh(
-        devices.reshape(*counts, -1), (*(f"groups {i}" for i in range(num_groups)), "alike")
-    )
+    first = {
+        device: tuple(axis.start or 0 for axis in index[:num_groups])
+        for device, index in sharding.devices_indices_map(shape).items()
+    }
+    sizes = _prime_factors(len(first))
+    devices: Any = np.array(list(first), object)
+    mesh = Mesh(devices.reshape(sizes), tuple(f"part {i}" for i in range(len(sizes))))
+    origin = first[devices[0]]
+    by_group: list[list[tuple[int, str]]] = [[] for _ in range(num_groups)]
+    for axis, name in enumerate(mesh.axis_names):
+        neighbour = mesh.devices[tuple(int(i == axis) for i in range(len(sizes)))]
+        for group, step in enumerate(np.subtract(first[neighbour], origin)):
+            if step:
+                by_group[group].append((-step, name))  # the axis of the largest step comes first
+    return mesh, PartitionSpec(*(tuple(name for _, name in sorted(own)) for own in by_group))
+
+
+def _prime_factors(n: int) -> tuple[int, ...]:
+    factors, divisor = [], 2
+    while n > 1:
+        while n % divisor == 0:
+            factors.append(divisor)
+            n //= divisor
+        divisor += 1
+    return tuple(factors)
 
 
 def over_automatic_axes(call: Call, operation: Operation, operands: Sequence[Any]) -> Call:
@@ -149,8 +168,7 @@ def over_automatic_axes(call: Call, operation: Operation, operands: Sequence[Any
         return " -> ".join(sides), {"need_replication_factors": tuple(others)}
 
     def by_groups(x) -> NamedSharding:
-        tiles = _tiles(x.sharding, x.shape, num_groups)
-        return NamedSharding(tiles, PartitionSpec(*tiles.axis_names[:num_groups]))
+        return NamedSharding(*_tiles(x.sharding, x.shape, num_groups))
 
     def partition(mesh, operands, results):
         split = by_groups(results[0])

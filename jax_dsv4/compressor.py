@@ -11,8 +11,13 @@ from jax.typing import ArrayLike
 
 from jax_dsv4 import _check, _pytree
 from jax_dsv4.decode import paged_kv_compress
-from jax_dsv4.records import RecordCache, check_record_options, store_records
-from jax_dsv4.state import CompressorState
+from jax_dsv4.records import (
+    RecordCache,
+    check_record_options,
+    check_records,
+    store_records,
+)
+from jax_dsv4.state import CompressorState, check_state
 from jax_dsv4.windows import completed_windows
 
 
@@ -129,6 +134,8 @@ def decode_records(
         argument.
       NotImplementedError: when differentiated.
 
+    vmap: as in ``paged_kv_compress``: the cache is written, so an unmapped one is copied per index.
+
     Each compressor is two launches for now, and a little integer arithmetic between them.
     """
     if not isinstance(compressor, tuple):
@@ -176,16 +183,21 @@ def _decode(
     _check_type("compressor", compressor, Compressor)
     _check_type("cache", cache, CompressorCache)
     _check_type("tables", tables, CacheTables)
-    c, records = compressor, cache.records
-    _check_type("cache.records", records, RecordCache)
-    if records.head_dim != c.head_dim:
+    c, records, has_layers = compressor, cache.records, layer is not None
+    pool, kind = check_records(records, has_layers)
+    if kind.head_dim != c.head_dim:
         raise ValueError(
-            f"cache.records: expected head_dim {c.head_dim}, the compressor's, got "
-            f"{records.head_dim}"
+            f"cache.records: expected head_dim {c.head_dim}, the compressor's, got {kind.head_dim}"
         )
-    _check_type("cache.state", cache.state, CompressorState)
-    if getattr(cache.state.kv, "shape", (0,))[-1] != c.state_dim:
-        raise ValueError(f"cache.state: expected S = {c.state_dim}, the compressor's")
+    kv, _ = check_state(cache.state, overlap=c.overlap, layers=has_layers)
+    if kv.shape[-1] != c.state_dim:
+        raise ValueError(
+            f"cache.state: expected S = {c.state_dim}, the compressor's, got {kv.shape[-1]}"
+        )
+    if has_layers and pool.shape[0] != kv.shape[0]:
+        raise ValueError(
+            f"cache.records: expected {kv.shape[0]} layers, as cache.state, got {pool.shape[0]}"
+        )
     kinds = {"compress_ratio": c.compress_ratio, "overlap": c.overlap}
     values, state = paged_kv_compress(
         kv_score,
@@ -199,7 +211,7 @@ def _decode(
         out_dtype=jnp.float32,
         implementation=implementation,
     )
-    next_n = (kv_score[0] if isinstance(kv_score, tuple) else jnp.asarray(kv_score)).shape[1]
+    next_n = jnp.shape(kv_score[0] if isinstance(kv_score, tuple) else kv_score)[1]
     windows = completed_windows(kv_lens, **kinds, next_n=next_n, q_lens=q_lens)
     records = store_records(
         values.reshape(-1, c.head_dim),
@@ -222,7 +234,7 @@ def _find_slots(tables: Any, window: Array, records: RecordCache) -> Array:
     """The slot of each window's record [B, M]; -1 where there is no window, or no page for it."""
     tables = _check.array("tables.records", tables, _check.I32, window.shape[0], "max_pages")
     num_pages, page_size = records.pool.shape[-2], records.page_size
-    if num_pages * page_size >= 2**31:
+    if isinstance(num_pages, int) and num_pages * page_size >= 2**31:
         raise ValueError("cache.records: expected fewer than 2^31 records in a layer")
     if 0 in tables.shape:
         return jnp.full(window.shape, -1, jnp.int32)

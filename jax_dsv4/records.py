@@ -46,6 +46,13 @@ class RecordCache:
     scales: str = "f32"
     scale_floor: bool = False
 
+    def __post_init__(self) -> None:
+        """Make NumPy's numbers Python's: equal ones must not be different programs."""
+        for name in ("head_dim", "page_size", "scale_floor"):
+            value = getattr(self, name)
+            if isinstance(value, (np.integer, np.bool_)):
+                object.__setattr__(self, name, value.item())
+
     @property
     def _leaf_name(self) -> str:
         # As in a state's: no checkpoint is restored into a cache of another kind.
@@ -77,8 +84,8 @@ def init_records(
         ``"fp8_block128"``.
       format: a member of ``RECORD_FORMATS``.
       scales, scale_floor: as in ``RecordCache``.
-      page_bytes: the stride of a page, a multiple of 4; at least, and by default, what its records
-        take; by default for ``"fp8_ds_mla"`` up to the next multiple of 576.
+      page_bytes: the stride of a page, a multiple of 4; at least what its records take, and by
+        default the next multiple of 4, for ``"fp8_ds_mla"`` of 576.
       layers: make one cache of so many layers, for calls that name a ``layer``.
 
     Returns:
@@ -91,7 +98,8 @@ def init_records(
     kind = _checked_kind(format, head_dim, scales, scale_floor)
     needed = kind.page_bytes(page_size)
     if page_bytes is None:
-        page_bytes = -(-needed // 576) * 576 if format == "fp8_ds_mla" else needed
+        multiple = 576 if format == "fp8_ds_mla" else 4
+        page_bytes = -(-needed // multiple) * multiple
     stride = _check.integer("page_bytes", page_bytes, needed)
     if stride % 4:
         raise ValueError(f"page_bytes: expected a multiple of 4, got {stride}")
@@ -119,7 +127,7 @@ def _checked_kind(format: Any, head_dim: Any, scales: Any, scale_floor: Any) -> 
     return RecordFormat(format, head_dim, scales, bool(scale_floor))
 
 
-def _checked_records(records: Any, layers: bool) -> tuple[Array, RecordFormat]:
+def check_records(records: Any, layers: bool) -> tuple[Array, RecordFormat]:
     """The pool and the kind of a cache that is what its fields say."""
     if not isinstance(records, RecordCache):
         raise TypeError(f"records: expected a RecordCache, got {type(records).__name__}")
@@ -285,9 +293,12 @@ def store_records(
     steps before, sums may be in any order. NaN is stored as the format's NaN (7 in e2m1); it and
     infinities change no other block.
 
+    vmap: one launch. The pool is written, so an unmapped one is copied once per index, as vmap's
+    meaning demands.
+
     The formats are those of FlashMLA, DeepGEMM, vLLM, SGLang and TensorRT-LLM.
     """
-    pool, kind = _checked_records(records, layer is not None)
+    pool, kind = check_records(records, layer is not None)
     _check_compiled(kind, implementation)
     values = _check.array("values", values, _check.FLOATS, "N", kind.head_dim)
     count = values.shape[0]
@@ -363,8 +374,10 @@ def dequantize_records(
     Raises:
       ValueError, TypeError: a wrong shape, dtype or choice; the text names the argument.
       NotImplementedError: when differentiated.
+
+    vmap: one launch; an unmapped pool is not copied.
     """
-    pool, kind = _checked_records(records, layer is not None)
+    pool, kind = check_records(records, layer is not None)
     _check_compiled(kind, implementation)
     slots = _check.array("slots", slots, _check.I32, "N")
     index, layer_operand = _check.layer(layer, pool.shape[0])

@@ -104,7 +104,7 @@ def _find_parameters(config: Any, rope: str) -> tuple[str, Mapping[str, Any]]:
     """The fields of ``rope``'s frequencies, and where they are."""
     for field in ("rope_parameters", "rope_scaling"):
         found = _get(config, field)
-        if found is None:
+        if found is None or found == {}:
             continue
         name = f"config.{field}"
         if isinstance(found, Mapping) and any(key in found for key in _THETA_FIELDS):

@@ -93,7 +93,7 @@ def _first_and_count(
 ) -> tuple[Array, Array]:
     """The first window that each request's step may complete, and how many it completes."""
     lens = _check.array("kv_lens", kv_lens, _check.I32, "B")
-    n = jnp.full_like(lens, next_n)
+    n = jnp.int32(next_n)
     if q_lens is not None:
         n = jnp.clip(_check.array("q_lens", q_lens, _check.I32, *lens.shape), 0, next_n)
     active = (lens > 0) & (n > 0)

@@ -356,7 +356,7 @@ def wrong_calls():
     return {
         "compressor: expected a Compressor": {"compressor": None},
         "cache: expected a CompressorCache": {"cache": cache.state},
-        "cache.records: expected a RecordCache": {"cache": CompressorCache(cache.state, None)},
+        "records: expected a RecordCache": {"cache": CompressorCache(cache.state, None)},
         "cache.records: expected head_dim 512": {
             "cache": CompressorCache(cache.state, indexer.records)
         },
@@ -378,6 +378,12 @@ def wrong_calls():
             "tables": (tables,) * 2,
         },
         "cache: expected a tuple of 1": {"compressor": (compressor,)},
+        "cache.records: expected 2 layers": {
+            "cache": CompressorCache(
+                make_cache("main", layers=2)[0].state, make_cache("main", layers=3)[0].records
+            ),
+            "layer": 1,
+        },
         "layer: ": {"layer": 0},
     }
 

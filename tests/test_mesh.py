@@ -12,7 +12,7 @@ from checks import COLLECTIVE, STATE, Results, check_results, step_of
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_dsv4 import CompressorState, raw_to_prefix
+from jax_dsv4 import CompressorState, dequantize_records, init_records, raw_to_prefix
 from jax_dsv4.decode import DECODE
 
 SHARED = ("ape",)  # by all groups
@@ -175,3 +175,18 @@ def test_one_device_needs_no_partitioning():
     text = jax.jit(step).lower(*grouped_operands(cases.MAPPED, 8)).as_text()
     assert DECODE.target in text
     assert "CustomSPMDPartitioning" not in text and "sdy." not in text
+
+
+@pytest.mark.parametrize("axes", ("b", ("b", "a"), "a", ("a", "b")), ids=str)
+def test_groups_over_any_axis_cost_no_collective(axes):
+    mesh = jax.make_mesh(
+        (4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices("cpu")[:8]
+    )
+    records = init_records(4, 3, head_dim=128, format="fp8")
+    pools = np.random.default_rng(0).integers(0, 126, (8, *records.pool.shape), np.uint8)
+    slots = np.zeros((8, 5), np.int32)
+    split = jax.device_put((pools, slots), NamedSharding(mesh, P(axes)))
+    read = jax.vmap(lambda p, s: dequantize_records(dataclasses.replace(records, pool=p), s))
+    text = jax.jit(read).lower(*split).compile().as_text()
+    assert not COLLECTIVE.findall(text)
+    np.testing.assert_array_equal(jax.jit(read)(*split), read(pools, slots))

@@ -746,3 +746,21 @@ def test_caches_of_different_kinds_have_different_leaves():
         )
     ]
     assert len(set(leaves)) == len(KINDS) - 1  # the floor of a scale changes no reader
+
+
+def test_strict_promotion_and_the_reference():
+    records = init_records(4, 3, head_dim=128, format="fp8_block128")
+    z = np.zeros(2, np.int32)
+    with jax.numpy_dtype_promotion("strict"):
+        store_records(np.ones((2, 128), np.float32), z, z, records, implementation="xla")
+
+
+def test_integers_of_numpy_as_page_size():
+    records = init_records(4, 3, head_dim=128, format="fp8")
+    z = np.zeros(3, np.int32)
+    try:
+        jax.block_until_ready(
+            dequantize_records(dataclasses.replace(records, page_size=np.int32(3)), z)
+        )
+    finally:
+        jax.block_until_ready(dequantize_records(records, z))

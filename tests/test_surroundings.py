@@ -469,3 +469,12 @@ def test_a_jaxlib_without_headers_gets_a_text_that_helps(header, monkeypatch, tm
     monkeypatch.setattr(jax.ffi, "include_dir", lambda: str(tmp_path))
     with pytest.raises(ImportError, match=r"reinstall jaxlib"):
         _ffi._running_ffi_version()
+
+
+def test_completed_windows_eagerly_on_explicit_axes():
+    mesh = jax.make_mesh(
+        (8,), ("a",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices("cpu")[:8]
+    )
+    lens = jax.device_put(np.full((8, 3), 8, np.int32), jax.NamedSharding(mesh, jax.P("a")))
+    done = jax.vmap(lambda x: completed_windows(x, compress_ratio=4, next_n=1))(lens)
+    assert np.all(done.valid) and np.all(np.asarray(done.window) == 1)

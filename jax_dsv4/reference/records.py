@@ -235,9 +235,9 @@ def _quotient(x: Array | float, y: Array | float) -> Array:
     for digits in (8, 8, 8, 2):  # after the point; then 26 or 27 in all, and 24 are kept
         rest <<= digits
         quotient, rest = quotient << digits | rest // divisor, rest % divisor
-    is_below_1 = quotient < 1 << 26
+    is_below_1 = (quotient < 1 << 26).astype(jnp.int32)
     quotient <<= is_below_1.astype(jnp.uint32)
-    odd, beyond = quotient >> 3 & 1, rest != 0
+    odd, beyond = quotient >> 3 & 1, (rest != 0).astype(jnp.uint32)
     mantissa = (quotient + 3 + (odd | beyond)) >> 3
     exponent = (bits[0] >> 23) - (bits[1] >> 23) + 127 - is_below_1
     return jax.lax.bitcast_convert_type(
@@ -248,7 +248,7 @@ def _quotient(x: Array | float, y: Array | float) -> Array:
 def _exponent_above(scale: Array) -> Array:
     """The biased exponent of the smallest power of two that is not below ``scale``; i32."""
     bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
-    return (bits >> 23) + ((bits & 0x7FFFFF) != 0)
+    return (bits >> 23) + ((bits & 0x7FFFFF) != 0).astype(jnp.int32)
 
 
 def _power_of_two(exponent: Array) -> Array:
