@@ -1,5 +1,6 @@
 """The demo: what it prints, what its check catches, and its page accounting."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from jax_dsv4 import CompressorState, init_state
+from jax_dsv4 import RECORD_FORMATS, CompressorState, init_state
 from jax_dsv4.demo import cli, model, report
 from jax_dsv4.demo.check import find_first_needed
 from jax_dsv4.demo.scheduler import Scheduler
@@ -52,13 +53,15 @@ def test_the_command_prints_speed_memory_and_an_ok_verdict(device, model_name):
     assert started > finished >= 0
     shares = []
     for kind, layers in zip(KINDS, model.LAYERS[model_name], strict=True):
-        row = re.search(rf"^{kind} +(\d+) +([\d.]+) +([\d.]+)% +([\d,]+)$", out, re.MULTILINE)
+        row = re.search(
+            rf"^{kind} +(\d+) +([\d.]+) +([\d.]+)% +([\d,]+) +([\d,]+)$", out, re.MULTILINE
+        )
         assert int(row[1]) == layers
         assert float(row[2]) > 0
-        assert int(row[4].replace(",", "")) > 0
+        assert int(row[4].replace(",", "")) > 0 and int(row[5].replace(",", "")) > 0
         shares.append(float(row[3]))
     assert sum(shares) == pytest.approx(100, abs=0.2)
-    verdict = re.search(r"check: OK, (\d+) windows .* \((.*)\), max error ([\d.]+) bf16 ulp", out)
+    verdict = re.search(r"check: OK, (\d+) records .* \((.*)\), max error ([\d.]+) of", out)
     counts = dict(count.split() for count in verdict[2].split(", "))
     assert tuple(counts) == KINDS
     assert all(int(count) > 0 for count in counts.values())
@@ -83,69 +86,116 @@ def test_every_implementation_passes_the_check(
     assert "check: OK" in out
 
 
-def with_an_error_in_one_channel(call, kv_score, ape, state, tables, kv_lens, **attributes):
-    kv_comp, state = call(kv_score, ape, state, tables, kv_lens, **attributes)
-    emitted = kv_comp[..., 5] != 0
-    return kv_comp.at[..., 5].add(emitted * 0.125), state
+@pytest.mark.parametrize("record_format", RECORD_FORMATS)
+def test_every_format_of_records_passes_the_check(capsys, one_layer_each, record_format):
+    status, out = run_tiny(capsys, "--records", record_format)
+    indexer = record_format if record_format in ("f32", "bf16", "mxfp4") else "fp8_block128"
+    assert status == 0
+    assert f"records: CSA {record_format}, indexer {indexer}, HCA {record_format}\n" in out
+    assert "check: OK" in out
 
 
-def with_a_value_where_there_is_no_window(call, kv_score, *operands, **attributes):
-    kv_comp, state = call(kv_score, *operands, **attributes)
-    return kv_comp.at[..., 0].set(jax.numpy.where(kv_comp[..., 0] == 0, 1, kv_comp[..., 0])), state
+def with_an_error_in_one_channel(call, kv_score, compressor, *operands, **attributes):
+    weight = compressor.norm_weight.at[5].multiply(1.25)
+    compressor = dataclasses.replace(compressor, norm_weight=weight)
+    return call(kv_score, compressor, *operands, **attributes)
 
 
-def with_nan(call, *operands, **attributes):
-    kv_comp, state = call(*operands, **attributes)
-    return kv_comp * jax.numpy.nan, state
+def with_nan(call, kv_score, *operands, **attributes):
+    return call(kv_score * jax.numpy.nan, *operands, **attributes)
 
 
-def without_ape(call, kv_score, ape, *operands, **attributes):
-    return call(kv_score, None, *operands, **attributes)
+def without_ape(call, kv_score, compressor, *operands, **attributes):
+    return call(kv_score, dataclasses.replace(compressor, ape=None), *operands, **attributes)
+
+
+def without_norm(call, kv_score, compressor, *operands, **attributes):
+    compressor = dataclasses.replace(compressor, norm_weight=None)
+    return call(kv_score, compressor, *operands, **attributes)
+
+
+def with_the_next_position(call, kv_score, compressor, *operands, **attributes):
+    table = jax.numpy.roll(compressor.cos_sin_cache, -1, axis=0)
+    compressor = dataclasses.replace(compressor, cos_sin_cache=table)
+    return call(kv_score, compressor, *operands, **attributes)
+
+
+def with_no_hadamard(call, kv_score, compressor, *operands, **attributes):
+    compressor = dataclasses.replace(compressor, hadamard=False)
+    return call(kv_score, compressor, *operands, **attributes)
 
 
 def with_all_rows_taken_for_real(call, *operands, q_lens, **attributes):
     return call(*operands, **attributes)
 
 
-def with_rewound_rows_kept(call, kv_score, ape, state, tables, kv_lens, *, q_lens, **attributes):
+def with_rewound_rows_kept(call, kv_score, compressor, cache, *operands, **attributes):
     """A row once written is not overwritten, as if rejected drafts still counted."""
-    kv_comp, written = call(kv_score, ape, state, tables, kv_lens, q_lens=q_lens, **attributes)
-    kept = jax.numpy.isfinite(state.score)
-    return kv_comp, CompressorState(
-        jax.numpy.where(kept, state.kv, written.kv),
-        jax.numpy.where(kept, state.score, written.score),
+    written = call(kv_score, compressor, cache, *operands, **attributes)
+    kept = jax.numpy.isfinite(cache.state.score)
+    state = CompressorState(
+        jax.numpy.where(kept, cache.state.kv, written.state.kv),
+        jax.numpy.where(kept, cache.state.score, written.state.score),
     )
+    return dataclasses.replace(written, state=state)
+
+
+def with_the_next_page(call, kv_score, compressor, cache, tables, *operands, **attributes):
+    num_pages, owned = cache.records.pool.shape[-2], tables.records >= 0
+    pages = jax.numpy.where(owned, (tables.records + 1) % num_pages, -1)
+    tables = dataclasses.replace(tables, records=pages)
+    return call(kv_score, compressor, cache, tables, *operands, **attributes)
+
+
+def with_another_byte_changed(call, *operands, **attributes):
+    """The last one of a pool: of padding, or of a record that few steps complete."""
+    cache = call(*operands, **attributes)
+    pool = cache.records.pool.at[attributes["layer"], -1, -1].add(1)
+    return dataclasses.replace(cache, records=dataclasses.replace(cache.records, pool=pool))
 
 
 CORRUPTIONS = [
     with_an_error_in_one_channel,
-    with_a_value_where_there_is_no_window,
     with_nan,
     without_ape,
+    without_norm,
+    with_the_next_position,
     with_rewound_rows_kept,
+    with_the_next_page,
+    with_another_byte_changed,
 ]
 
 
 # q_lens counts in a request's last step only: none completes a window of 128 in this run.
 @pytest.mark.parametrize(
-    ("corrupted", "ratio"),
-    [*itertools.product(CORRUPTIONS, [4, 128]), (with_all_rows_taken_for_real, 4)],
+    ("corrupted", "kind"),
+    [
+        *itertools.product(CORRUPTIONS, range(3)),
+        (with_all_rows_taken_for_real, 0),
+        (with_all_rows_taken_for_real, 1),
+        (with_no_hadamard, 1),
+    ],
 )
 def test_a_wrong_implementation_fails_the_check(
-    capsys, monkeypatch, one_layer_each, corrupted, ratio
+    capsys, monkeypatch, one_layer_each, corrupted, kind
 ):
-    """Corrupted for one ratio only: the check must look at each kind."""
-    call = model.paged_kv_compress
+    """Corrupted for one kind only: the check must look at each."""
+    call, layers = model.decode_records, model.list_layers("flash")[kind]
 
-    def patched(*operands, **attributes):
-        if attributes["compress_ratio"] != ratio:
-            return call(*operands, **attributes)
-        return corrupted(call, *operands, **attributes)
+    def patched(kv_score, compressor, *operands, **attributes):
+        found = compressor.head_dim, compressor.compress_ratio
+        if found != (layers.head_dim, layers.compress_ratio):
+            return call(kv_score, compressor, *operands, **attributes)
+        return corrupted(call, kv_score, compressor, *operands, **attributes)
 
-    monkeypatch.setattr(model, "paged_kv_compress", patched)
+    monkeypatch.setattr(model, "decode_records", patched)
     status, out = run_tiny(capsys, "--accept", "0.7", "--steps", "150")
     assert status == 1
     assert "check: MISMATCH" in out
+    records_are_right = "max error 0." in out
+    assert records_are_right == (corrupted is with_another_byte_changed)
+    if records_are_right:
+        assert int(re.search(r"other bytes: (\d+)", out)[1]) > 0
 
 
 def test_a_run_too_short_to_check_every_kind_says_so(capsys, one_layer_each):
@@ -159,7 +209,8 @@ def test_a_run_too_short_to_check_every_kind_says_so(capsys, one_layer_each):
     "arguments",
     [["--batch", "0"], ["--accept", "1.5"], ["--accept", "nan"], ["--next-n", "two"],
      ["--steps", "-1"], ["--page-size", "0"], ["--seed", "-1"], ["--model", "max"],
-     ["--implementation", "cuda"], ["--state-format", "bf16"], ["--json", "."],
+     ["--implementation", "cuda"], ["--state-format", "bf16"], ["--records", "int8"],
+     ["--json", "."],
      ["--json", "no/such/folder/figures.json"]],
 )  # fmt: skip
 def test_a_wrong_option_is_named(capsys, arguments):
@@ -217,8 +268,10 @@ def test_json_has_all_that_is_printed(capsys, one_layer_each, tmp_path):
     options, calls, check = figures["options"], figures["calls"], figures["check"]
     assert options == {
         **{"model": "flash", "batch": 4, "next_n": 4, "steps": 48, "accept": 1, "page_size": 8},
-        **{"seed": 0, "state_format": "raw", "implementation": "auto"},
+        **{"seed": 0, "state_format": "raw", "records": "fp8_ds_mla", "implementation": "auto"},
     }
+    formats = dict(zip(KINDS, ("fp8_ds_mla", "fp8_block128", "fp8_ds_mla"), strict=True))
+    assert figures["record_formats"] == formats
     assert set(figures["versions"]) == {"jax_dsv4", "jax", "jaxlib", "numpy", "python"}
     assert figures["versions"]["jax"] == jax.__version__
     assert figures["platform"] == jax.default_backend()
@@ -242,12 +295,12 @@ def test_json_has_all_that_is_printed(capsys, one_layer_each, tmp_path):
 def test_json_has_null_for_an_error_that_is_no_number(
     capsys, monkeypatch, one_layer_each, tmp_path
 ):
-    patched = functools.partial(with_nan, model.paged_kv_compress)
-    monkeypatch.setattr(model, "paged_kv_compress", patched)
+    patched = functools.partial(with_nan, model.decode_records)
+    monkeypatch.setattr(model, "decode_records", patched)
     status, out = run_tiny(capsys, "--json", str(tmp_path / "figures.json"))
     assert (status, "max error nan" in out) == (1, True)
     found = json.loads((tmp_path / "figures.json").read_text(), parse_constant=pytest.fail)["check"]
-    assert (found["verdict"], found["max_error_ulp"]) == ("MISMATCH", None)
+    assert (found["verdict"], found["max_error"]) == ("MISMATCH", None)
 
 
 def test_progress_is_a_line_per_quarter_or_a_bar_on_a_terminal(capsys, monkeypatch):
@@ -276,9 +329,10 @@ def test_pages_have_one_owner_and_all_come_back(state_format, page_size, next_n)
     while scheduler.finished < 12:
         plan = scheduler.plan(arrivals=scheduler.started < 12)
         for kind in kinds:
-            pool, tables = scheduler.pools[kind.name], plan.tables[kind.name]
-            owned = tables[tables >= 0]
-            assert sorted([*owned, *pool._free]) == list(range(pool.num_pages))
+            pages, tables = scheduler.pages[kind.name], plan.tables[kind.name]
+            for pool, table in ((pages.state, tables.state), (pages.records, tables.records)):
+                owned = table[table >= 0]
+                assert sorted([*owned, *pool._free]) == list(range(pool.num_pages))
             for span in scheduler.list_spans(plan):
                 assert len(span.tokens) == plan.kv_lens[span.slot]
                 assert len(span.tokens) - span.length == plan.q_lens[span.slot]
@@ -286,13 +340,16 @@ def test_pages_have_one_owner_and_all_come_back(state_format, page_size, next_n)
                 if state_format == "raw":
                     first = find_first_needed(kind, span.length)
                 rows = np.arange(first, len(span.tokens))
-                assert np.all(tables[span.slot, rows // page_size] >= 0)
+                assert np.all(tables.state[span.slot, rows // page_size] >= 0)
+                windows = np.arange(len(span.tokens) // kind.compress_ratio)
+                assert np.all(tables.records[span.slot, windows // pages.records.page_size] >= 0)
         scheduler.settle(plan)
     assert scheduler.requests == [None] * 5
-    for pool in scheduler.pools.values():
-        assert sorted(pool._free) == list(range(pool.num_pages))
-        assert pool.num_free == pool.num_pages
-        assert np.all(pool.tables == -1)
+    for pages in scheduler.pages.values():
+        for pool in (pages.state, pages.records):
+            assert sorted(pool._free) == list(range(pool.num_pages))
+            assert pool.num_free == pool.num_pages
+            assert np.all(pool.tables == -1)
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 8])
@@ -307,11 +364,11 @@ def test_pages_reused_as_early_as_they_may_be_change_no_value(
     step = model.make_step(kinds, "ffi")
     reused, kept, tables = {}, {}, {}
     for kind in kinds:
-        name, pool = kind.name, scheduler.pools[kind.name]
-        reused[name] = model.init_layers(kind, pool)
-        own = np.arange(pool.tables.size, dtype=np.int32).reshape(pool.tables.shape)
+        name, pages = kind.name, scheduler.pages[kind.name]
+        reused[name] = model.init_layers(kind, pages)
+        own = np.arange(pages.state.tables.size, dtype=np.int32).reshape(pages.state.tables.shape)
         tables[name] = own
-        kept[name] = init_state(
+        state = init_state(
             own.size,
             page_size,
             head_dim=kind.head_dim,
@@ -319,19 +376,24 @@ def test_pages_reused_as_early_as_they_may_be_change_no_value(
             layers=kind.count,
             format=state_format,
         )
+        kept[name] = dataclasses.replace(model.init_layers(kind, pages), state=state)
     num_windows = 0
     for _ in range(150):
         plan = scheduler.plan()
-        for name, pool in scheduler.pools.items():
-            unowned = np.setdiff1d(np.arange(pool.num_pages), plan.tables[name])
+        own_pages = {}
+        for name, pages in scheduler.pages.items():
+            unowned = np.setdiff1d(np.arange(pages.state.num_pages), plan.tables[name].state)
             poisoned = functools.partial(with_nan_in_pages, pages=unowned)
-            reused[name] = jax.tree.map(poisoned, reused[name])
-        got, reused = step(reused, weights, plan)
-        want, kept = step(kept, weights, plan._replace(tables=tables))
+            state = jax.tree.map(poisoned, reused[name].state)
+            reused[name] = dataclasses.replace(reused[name], state=state)
+            own_pages[name] = dataclasses.replace(plan.tables[name], state=tables[name])
+        reused = step(reused, weights, plan)
+        kept = step(kept, weights, plan._replace(tables=own_pages))
         for kind in kinds:
-            for values, expected in zip(got[kind.name], want[kind.name], strict=True):
-                np.testing.assert_array_equal(values, expected)
-                num_windows += int(np.any(np.asarray(expected != 0), axis=-1).sum())
+            got, want = reused[kind.name].records.pool, kept[kind.name].records.pool
+            np.testing.assert_array_equal(got, want)
+            spans = scheduler.list_spans(plan)
+            num_windows += sum(len(span.windows(kind.compress_ratio)) for span in spans)
         scheduler.settle(plan)
     assert scheduler.finished and num_windows
 

@@ -1,8 +1,8 @@
 """Continuous-batching decode with all compressor calls of a DeepSeek-V4 model.
 
 Requests arrive, are decoded with drafts of which some are rejected, and finish. A step is one
-jitted program with donated state. What stands for the rest of the model is random; what the
-compressor calls emit is real, and compared with float64.
+jitted program with donated caches. What stands for the rest of the model is random; the records
+that a step ends in are real, and compared with float64.
 
 To copy into an engine: ``scheduler`` and the step in ``model``.
 """

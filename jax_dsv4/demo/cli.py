@@ -13,20 +13,21 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jax_dsv4 import STATE_FORMATS, CompressorState
+from jax_dsv4 import RECORD_FORMATS, STATE_FORMATS, CompressorCache
 from jax_dsv4.demo import report
-from jax_dsv4.demo.check import Sample, check_samples, choose_layers
+from jax_dsv4.demo.check import Sample, check_samples, choose_layers, copy_pool, take_sample
 from jax_dsv4.demo.model import (
+    INDEXER_FORMATS,
     LAYERS,
     Layers,
     Weights,
     init_layers,
     list_layers,
-    make_pool,
+    make_pages,
     make_step,
     make_weights,
 )
-from jax_dsv4.demo.scheduler import Plan, Scheduler
+from jax_dsv4.demo.scheduler import Plan, Scheduler, Span
 from jax_dsv4.demo.timing import REPLAYED_STEPS, measure_seconds_per_call
 
 BATCH, STEPS = {"cpu": 8, "gpu": 64}, {"cpu": 256, "gpu": 512}  # defaults, by platform
@@ -48,11 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> str:
     """Decode, time, check and report; the verdict."""
-    figures = report.show_setting({k: v for k, v in vars(options).items() if k != "json"})
+    model = list_layers(options.model, options.records)
+    figures = report.show_setting({k: v for k, v in vars(options).items() if k != "json"}, model)
     if jax.default_backend() == "cpu":
         sizes = f"batch {BATCH['gpu']}, {STEPS['gpu']} steps"
         report.show(f"the defaults are small on a CPU; on a GPU they are {sizes}")
-    model = list_layers(options.model)
     implementation = None if options.implementation == "auto" else options.implementation
     rng = np.random.default_rng(options.seed)
     scheduler = make_scheduler(model, options, rng)
@@ -62,16 +63,19 @@ def run(options: argparse.Namespace) -> str:
     figures["decoding"] = report.show_decoding(scheduler, options.steps, decoded.seconds)
 
     report.log("timing each kind of call")
-    # The programs that replay several steps would compile for minutes in plain jnp.
+    # Steps in plain jnp are slow.
     plans = decoded.plans[:2] if implementation == "xla" else decoded.plans
-    state_bytes = {name: x.kv.nbytes + x.score.nbytes for name, x in decoded.states.items()}
+    num_bytes = {
+        name: (cache.state.kv.nbytes + cache.state.score.nbytes, cache.records.pool.nbytes)
+        for name, cache in decoded.caches.items()
+    }
     seconds_per_call = {
         layers.name: measure_seconds_per_call(
-            layers, decoded.states[layers.name], weights[layers.name], plans, implementation
+            layers, decoded.caches[layers.name], weights[layers.name], plans, implementation
         )
         for layers in model
     }
-    figures["calls"] = report.show_calls(model, seconds_per_call, state_bytes, len(plans))
+    figures["calls"] = report.show_calls(model, seconds_per_call, num_bytes, len(plans))
 
     report.log("checking")
     found = check_samples(model, decoded.samples, host_weights)
@@ -84,18 +88,18 @@ def run(options: argparse.Namespace) -> str:
 def make_scheduler(
     model: Sequence[Layers], options: argparse.Namespace, rng: np.random.Generator
 ) -> Scheduler:
-    """No requests yet, and a pool of pages for each kind of layer."""
+    """No requests yet, and pages for each kind of layer."""
     sizes = {key: getattr(options, key) for key in ("batch", "next_n", "page_size", "state_format")}
-    pools = {layers.name: make_pool(layers, **sizes) for layers in model}
+    pages = {layers.name: make_pages(layers, **sizes) for layers in model}
     return Scheduler(
-        pools, batch=options.batch, next_n=options.next_n, accept=options.accept, rng=rng
+        pages, batch=options.batch, next_n=options.next_n, accept=options.accept, rng=rng
     )
 
 
 class Decoded(NamedTuple):
     """What the decode loop leaves behind."""
 
-    states: dict[str, CompressorState]  # by kind, as is the next
+    caches: dict[str, CompressorCache]  # by kind, as is the next
     samples: dict[str, list[Sample]]
     plans: list[Plan]  # of some steps, to be replayed
     seconds: float
@@ -109,28 +113,45 @@ def decode(
     num_steps: int,
 ) -> Decoded:
     """The loop: plan a step while the device works on the one before, then start it."""
-    states = {layers.name: init_layers(layers, scheduler.pools[layers.name]) for layers in model}
+    caches = {layers.name: init_layers(layers, scheduler.pages[layers.name]) for layers in model}
+    samples: dict[str, list[Sample]] = {layers.name: [] for layers in model}
+
+    def advance(plan: Plan, spans: list[Span], chosen: dict[Layers, Sequence[int]]) -> None:
+        """One step; the layers that were chosen are sampled."""
+        nonlocal caches
+        before = {
+            (layers, layer): copy_pool(caches[layers.name].records, layer)
+            for layers in model
+            for layer in chosen[layers]
+        }
+        caches = step(caches, weights, plan)
+        for (layers, layer), pool in before.items():
+            records, tables = caches[layers.name].records, plan.tables[layers.name].records
+            sample = take_sample(layers, layer, records, tables, spans, pool, plan.tokens.size)
+            samples[layers.name].append(sample)
+
     report.log("compiling")
     no_request = scheduler.plan(arrivals=False)  # a step of inactive slots changes nothing
-    kv_comps, states = jax.block_until_ready(step(states, weights, no_request))
+    advance(no_request, [], {layers: [0] for layers in model})
+    jax.block_until_ready((caches, samples))
 
-    samples: dict[str, list[Sample]] = {layers.name: [] for layers in model}
     plans, replay_every = [], -(-num_steps // REPLAYED_STEPS)
     start = time.perf_counter()
     for index in report.track(num_steps):
         plan = scheduler.plan()
-        jax.block_until_ready(kv_comps)
-        kv_comps, states = step(states, weights, plan)
-        for layers in model:
-            samples[layers.name] += [
-                Sample(layer, kv_comps[layers.name][layer], scheduler.list_spans(plan))
-                for layer in choose_layers(layers, index, num_steps, scheduler.rng)
-            ]
+        chosen = {x: choose_layers(x, index, num_steps, scheduler.rng) for x in model}
+        jax.block_until_ready(caches)
+        advance(plan, scheduler.list_spans(plan), chosen)
         if index % replay_every == replay_every // 2:
             plans.append(plan)
         scheduler.settle(plan)
-    jax.block_until_ready(kv_comps)
-    return Decoded(states, samples, plans, time.perf_counter() - start)
+    jax.block_until_ready(caches)
+    seconds = time.perf_counter() - start
+    # After one more step all records of its requests are compared: none may have been lost.
+    plan = scheduler.plan(arrivals=False)
+    spans = [span._replace(length=0) for span in scheduler.list_spans(plan)]
+    advance(plan, spans, {x: [int(scheduler.rng.integers(x.count))] for x in model})
+    return Decoded(caches, samples, plans, seconds)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -139,10 +160,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m jax_dsv4",
         description="Continuous-batching decode with all compressor calls of a DeepSeek-V4 model: "
         "requests arrive, are decoded with drafts of which some are rejected, and finish. "
-        "Compares emitted values with float64; reports speed and memory.",
-        epilog="Exit status: 0 if all emitted values that were compared are right; 1 if one is "
-        "wrong; 2 for a wrong option; 3 if a kind of layer completed no window to compare (check: "
-        "INCOMPLETE); 130 if interrupted; 141 if the reader of the output went away.",
+        "Compares records with float64; reports speed and memory.",
+        epilog="Exit status: 0 if all records that were compared are right, and no other byte has "
+        "changed; 1 if not; 2 for a wrong option; 3 if a kind of layer completed no window to "
+        "compare (check: INCOMPLETE); 130 if interrupted; 141 if the reader of the output went "
+        "away.",
     )
     platform = "cpu" if jax.default_backend() == "cpu" else "gpu"
     by_platform = "(default: {cpu} on a CPU, {gpu} on a GPU)"
@@ -166,6 +188,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=STATE_FORMATS,
         default="raw",
         help="what the states' rows hold: tokens, or prefixes of windows (default: %(default)s)",
+    )
+    add(
+        "--records",
+        choices=RECORD_FORMATS,  # all of them can have D 512
+        default="fp8_ds_mla",
+        metavar="FORMAT",
+        help="format of the main compressors' records: %(choices)s (default: %(default)s); those "
+        f"of the indexer are fp8_block128, or with {', '.join(INDEXER_FORMATS)} the same",
     )
     add(
         "--implementation",

@@ -11,10 +11,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jax_dsv4 import CompressorState, PagePool, init_state, paged_kv_compress, pages_needed
-from jax_dsv4.demo.scheduler import MAX_TOKENS, VOCAB, Plan
+from jax_dsv4 import (
+    Compressor,
+    CompressorCache,
+    PagePool,
+    decode_records,
+    init_records,
+    init_state,
+    make_cos_sin_cache,
+    pages_needed,
+)
+from jax_dsv4.demo.scheduler import MAX_TOKENS, VOCAB, Pages, Plan
 
 LAYERS = {"flash": (21, 21, 20), "pro": (30, 30, 31)}  # CSA, indexer, HCA
+YARN = {"type": "yarn", "factor": 16, "original_max_position_embeddings": 65536}
+CONFIG = {"qk_rope_head_dim": 64, "compress_rope_theta": 160000, "rope_scaling": YARN}
+RECORD_PAGE_TOKENS = 256  # whose records share a page
+INDEXER_FORMATS = ("f32", "bf16", "mxfp4")  # which the indexer takes, too
+INITIAL_BYTE = 0xA5  # of record pools: neither 0 nor NaN in any format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +40,8 @@ class Layers:
     compress_ratio: int
     overlap: bool
     count: int
+    record_format: str
+    hadamard: bool = False
 
     @property
     def state_dim(self) -> int:
@@ -33,19 +49,20 @@ class Layers:
         return self.head_dim * (1 + self.overlap)
 
 
-def list_layers(model: str) -> tuple[Layers, ...]:
+def list_layers(model: str, record_format: str = "fp8_ds_mla") -> tuple[Layers, ...]:
     """The compressor calls of one decode step of ``model``."""
     csa, indexer, hca = LAYERS[model]
+    indexer_format = record_format if record_format in INDEXER_FORMATS else "fp8_block128"
     return (
-        Layers("CSA", 512, 4, True, csa),
-        Layers("indexer", 128, 4, True, indexer),
-        Layers("HCA", 512, 128, False, hca),
+        Layers("CSA", 512, 4, True, csa, record_format),
+        Layers("indexer", 128, 4, True, indexer, indexer_format, hadamard=True),
+        Layers("HCA", 512, 128, False, hca, record_format),
     )
 
 
-def make_pool(
+def make_pages(
     layers: Layers, *, batch: int, page_size: int, next_n: int, state_format: str
-) -> PagePool:
+) -> Pages:
     """Pages for the layers of one kind, so many that they never run out."""
     options = {
         "page_size": page_size,
@@ -54,20 +71,22 @@ def make_pool(
         "format": state_format,
     }
     num_pages = batch * pages_needed(**options, next_n=next_n)
-    return PagePool(num_pages, batch, -(-MAX_TOKENS // page_size), **options)
+    state = PagePool(num_pages, batch, -(-MAX_TOKENS // page_size), **options)
+    options |= {"page_size": RECORD_PAGE_TOKENS // layers.compress_ratio, "format": "raw"}
+    max_pages = -(-MAX_TOKENS // RECORD_PAGE_TOKENS)
+    records = PagePool(batch * max_pages, batch, max_pages, **options)
+    return Pages(state, records, layers.compress_ratio)
 
 
-def init_layers(layers: Layers, pool: PagePool) -> CompressorState:
-    """The f32 states of all layers of one kind, ``[layers, num_pages, page_size, S]``."""
-    return init_state(
-        pool.num_pages,
-        pool.page_size,
-        head_dim=layers.head_dim,
-        compress_ratio=layers.compress_ratio,
-        overlap=layers.overlap,
-        layers=layers.count,
-        format=pool.format,
-    )
+def init_layers(layers: Layers, pages: Pages) -> CompressorCache:
+    """The f32 states and the records of all layers of one kind."""
+    sizes: dict[str, Any] = {"head_dim": layers.head_dim, "layers": layers.count}
+    kind = {"compress_ratio": layers.compress_ratio, "overlap": layers.overlap}
+    pool, own = pages.state, pages.records
+    state = init_state(pool.num_pages, pool.page_size, **sizes, **kind, format=pool.format)
+    records = init_records(own.num_pages, own.page_size, **sizes, format=layers.record_format)
+    used = jnp.full_like(records.pool, INITIAL_BYTE)  # as if by earlier requests
+    return CompressorCache(state, dataclasses.replace(records, pool=used))
 
 
 class Weights(NamedTuple):
@@ -80,15 +99,18 @@ class Weights(NamedTuple):
 
     projections: Any  # [VOCAB, 2 S] bf16
     apes: Sequence[Any]  # of each layer, [R, S] f32
+    norms: Sequence[Any]  # of each layer, [D] f32
+    cos_sin_cache: Any  # [MAX_TOKENS, 64] f32
 
 
 def make_weights(layers: Layers, rng: np.random.Generator) -> Weights:
-    """Normally distributed, on the host."""
+    """Normally distributed, those of norms around 1; on the host."""
     projections = rng.standard_normal((VOCAB, 2 * layers.state_dim), np.float32)
     ape_shape = (layers.count, layers.compress_ratio, layers.state_dim)
-    return Weights(
-        projections.astype(jnp.bfloat16), list(rng.standard_normal(ape_shape, np.float32))
-    )
+    apes = rng.standard_normal(ape_shape, np.float32)
+    norms = 1 + rng.standard_normal((layers.count, layers.head_dim), np.float32) / 8
+    table = make_cos_sin_cache(CONFIG, MAX_TOKENS)
+    return Weights(projections.astype(jnp.bfloat16), list(apes), list(norms), table)
 
 
 def project(weights: Weights, tokens: Any, layer: int) -> Any:
@@ -96,48 +118,53 @@ def project(weights: Weights, tokens: Any, layer: int) -> Any:
     return weights.projections[(tokens + 97 * layer) % VOCAB]
 
 
-def compress_layers(
+def decode_layers(
     layers: Layers,
-    state: CompressorState,
+    cache: CompressorCache,
     kv_scores: Sequence[Array],
-    apes: Sequence[Array],
+    weights: Weights,
     plan: Plan,
     implementation: str | None,
-) -> tuple[list[Array], CompressorState]:
-    """The calls of one kind in one step -> (kv_comp of each layer, state of all).
+) -> CompressorCache:
+    """The calls of one kind in one step.
 
     One array holds all layers, and each call updates its own layer of it in place. The loop is
     unrolled: a ``lax.scan`` would cost several microseconds per layer.
     """
-    kv_comps = []
-    for layer, (kv_score, ape) in enumerate(zip(kv_scores, apes, strict=True)):
-        kv_comp, state = paged_kv_compress(
-            kv_score,
-            ape,
-            state,
-            plan.tables[layers.name],
-            plan.kv_lens,
+    for layer, kv_score in enumerate(kv_scores):
+        compressor = Compressor(
+            weights.apes[layer],
+            weights.norms[layer],
+            weights.cos_sin_cache,
+            head_dim=layers.head_dim,
             compress_ratio=layers.compress_ratio,
             overlap=layers.overlap,
+            hadamard=layers.hadamard,
+        )
+        cache = decode_records(
+            kv_score,
+            compressor,
+            cache,
+            plan.tables[layers.name],
+            plan.kv_lens,
             layer=layer,
             q_lens=plan.q_lens,
             implementation=implementation,
         )
-        kv_comps.append(kv_comp)
-    return kv_comps, state
+    return cache
 
 
 def make_step(model: Sequence[Layers], implementation: str | None) -> Callable[..., Any]:
-    """``(states, weights, plan) -> (kv_comps, states)``, by kind; the states are donated."""
+    """``(caches, weights, plan) -> caches``, by kind; the caches are donated."""
 
-    def step(states, weights, plan):
-        kv_comps, new_states = {}, {}
+    def step(caches, weights, plan):
+        stepped = {}
         for layers in model:
-            name, own = layers.name, weights[layers.name]
+            own = weights[layers.name]
             kv_scores = [project(own, plan.tokens, layer) for layer in range(layers.count)]
-            kv_comps[name], new_states[name] = compress_layers(
-                layers, states[name], kv_scores, own.apes, plan, implementation
+            stepped[layers.name] = decode_layers(
+                layers, caches[layers.name], kv_scores, own, plan, implementation
             )
-        return kv_comps, new_states
+        return stepped
 
     return jax.jit(step, donate_argnums=0)

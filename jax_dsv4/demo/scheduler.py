@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jax_dsv4 import PagePool
+from jax_dsv4 import CacheTables, PagePool
 
 VOCAB = 1009
 MAX_TOKENS = 512  # a request's length is drawn from 1...MAX_TOKENS
@@ -29,7 +29,7 @@ class Plan(NamedTuple):
     tokens: Any  # [B, next_n] i32
     kv_lens: Any  # [B] i32, with the new tokens; 0: inactive slot
     q_lens: Any  # [B] i32, how many of the new tokens are real
-    tables: dict[str, Any]  # by kind of layer, [B, max_pages] i32
+    tables: dict[str, CacheTables]  # by kind of layer
 
 
 class Span(NamedTuple):
@@ -39,16 +39,43 @@ class Span(NamedTuple):
     length: int  # accepted before the step
     tokens: np.ndarray  # [kv_len] i32, with those of the step
 
+    def windows(self, ratio: int) -> range:
+        """Those that the step completes."""
+        return range(self.length // ratio, len(self.tokens) // ratio)
+
+
+class Pages(NamedTuple):
+    """Who owns which pages of one kind of layer."""
+
+    state: PagePool
+    records: PagePool
+    compress_ratio: int
+
+    def hold(self, slot: int, length: int, next_n: int) -> None:
+        """Pages for the step's rows, and for all records of the request up to the step's end."""
+        self.state.hold(slot, length, next_n)
+        if num_records := (length + next_n) // self.compress_ratio:
+            self.records.hold(slot, 0, num_records)  # from the first one on: attention reads all
+
+    def release(self, slot: int) -> None:
+        """Give back all pages of a slot."""
+        self.state.release(slot)
+        self.records.release(slot)
+
+    def copy_tables(self) -> CacheTables:
+        """The block tables of a step."""
+        return CacheTables(self.state.tables, self.records.tables)
+
 
 class Scheduler:
     """Which request is in which slot, how long it is, and the pages it owns.
 
-    A step is: ``plan``, the device's work, ``settle``. Layers of one kind share a pool.
+    A step is: ``plan``, the device's work, ``settle``. Layers of one kind share their pages.
     """
 
     def __init__(
         self,
-        pools: Mapping[str, PagePool],
+        pages: Mapping[str, Pages],
         *,
         batch: int,
         next_n: int,
@@ -56,7 +83,7 @@ class Scheduler:
         rng: np.random.Generator,
     ):
         """No requests yet; ``accept`` is the probability that a draft is accepted."""
-        self.pools, self.next_n, self.accept, self.rng = pools, next_n, accept, rng
+        self.pages, self.next_n, self.accept, self.rng = pages, next_n, accept, rng
         self.requests: list[Request | None] = [None] * batch
         self.started = self.finished = self.accepted = self.rejected = 0
 
@@ -75,9 +102,10 @@ class Scheduler:
             end = request.length + n
             request.tokens[request.length : end] = tokens[slot, :n]
             kv_lens[slot], q_lens[slot] = end, n
-            for pool in self.pools.values():
-                pool.hold(slot, request.length, n)
-        return Plan(tokens, kv_lens, q_lens, {name: p.tables for name, p in self.pools.items()})
+            for pages in self.pages.values():
+                pages.hold(slot, request.length, n)
+        tables = {name: pages.copy_tables() for name, pages in self.pages.items()}
+        return Plan(tokens, kv_lens, q_lens, tables)
 
     def settle(self, plan: Plan) -> None:
         """Accept each request's first token and some of its drafts, up to the first rejected one.
@@ -112,5 +140,5 @@ class Scheduler:
     def _finish(self, slot: int) -> None:
         self.requests[slot] = None
         self.finished += 1
-        for pool in self.pools.values():
-            pool.release(slot)
+        for pages in self.pages.values():
+            pages.release(slot)
