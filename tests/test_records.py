@@ -435,10 +435,11 @@ def stores(operands, arrays, **options):
 
 @pytest.mark.parametrize("extra", (0, 4, 64))
 @pytest.mark.parametrize("kind", KINDS, ids=name_of)
-def test_no_other_byte_is_written(kind, extra, stored):
-    """In 1,000 random cases and more."""
+def test_no_other_byte_is_written(kind, extra, stored, request):
+    """By the kernel in 1,000 random cases and more."""
+    num_seeds = 10 if "ffi" in request.node.callspec.id else 2
     for page_size in (1, 3, 6, 64):
-        for seed in range(10):
+        for seed in range(num_seeds):
             (values, slots, positions, cache), arrays = case(kind, page_size, extra, seed)
             got = stored(values, slots, positions, cache, **arrays)
             exists = (positions >= 0) & (positions < 37) & (slots < 4 * page_size)
