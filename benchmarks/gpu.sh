@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# One part of what is to be run on a machine with an NVIDIA GPU, each of under 8 minutes on an H100
-# with 16 cores. Results and logs go to a folder.
+# One part of what is to be run on a machine with an NVIDIA GPU. Results and logs go to a folder.
 #
 #     benchmarks/gpu.sh PART [results/]
 #
@@ -128,7 +127,7 @@ run_job() {
   run job-prefix python3 -m jax_dsv4 --state-format prefix
 }
 
-# Dealt out so that both parts take less than 8 minutes.
+# Dealt out: all in one part takes more than 8 minutes.
 measured_points=(raw distributed no_hit prefix r4 indexer layers)
 commit=(${COMMIT:+--commit "$COMMIT"})
 

@@ -2,7 +2,6 @@
 // those of IEEE arithmetic, rounded to nearest even, whatever a thread does with denormal numbers.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
@@ -113,9 +112,6 @@ JAX_DSV4_HD uint32_t to_e4m3(float x) {
 JAX_DSV4_HD uint32_t to_e2m1(float x) {
   return to_small_float<1, 1, 3>(x, kMaxE2m1) & ~(static_cast<uint32_t>(is_nan(x)) << 3);
 }
-
-// Of a block so far, and one more value; NaN counts for nothing.
-JAX_DSV4_HD float larger_magnitude(float amax, float x) { return fmaxf(amax, fabsf(x)); }
 
 // The biased exponent of the smallest power of two that is not below amax / kLargest, rounded to
 // f32. No quotient above a power of two rounds down to it: the least is larger by 2^-23 / 1.75.

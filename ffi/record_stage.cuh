@@ -222,7 +222,8 @@ struct RecordStage {
     store_words<2>(to, {to_bf16x2(group[0], group[1]), to_bf16x2(group[2], group[3])}, together);
   }
 
-  // The largest magnitude of the block that each group of a lane belongs to.
+  // The largest magnitude of the block that each group of a lane belongs to; NaN counts for
+  // nothing.
   __device__ __forceinline__ void find_amax(const RecordOptions& options,
                                             float (&amax)[kGroups]) const {
     constexpr bool kIsWhole = Layout::kBlock > kWidth;  // all groups are one block
@@ -234,7 +235,7 @@ struct RecordStage {
       float& largest = amax[kIsWhole ? 0 : j];
       if (j < kBlocks) largest = least_amax<kFormat>(options);
 #pragma unroll
-      for (int v = 0; v < 4; ++v) largest = larger_magnitude(largest, x[j][v]);
+      for (int v = 0; v < 4; ++v) largest = fmaxf(largest, fabsf(x[j][v]));
     }
 #pragma unroll
     for (int offset = kBlockLanes / 2; offset > 0; offset /= 2) {

@@ -148,7 +148,8 @@ def test_a_step_is_its_parts(name, state_format, implementation, device):
     compressor = make_compressor(name)
     cache, tables = make_cache(name, state_format)
     bad = dataclasses.replace(tables, records=tables.records.copy())
-    bad.records[1] = np.resize([-1, 10**6, 2**31 - 1, -(2**31)], bad.records.shape[1])
+    bad.records[0], bad.records[3] = -1, 2**31 - 1
+    bad.records[1] = 1431655766  # times 3, in 32 bits: 2
     short = dataclasses.replace(tables, records=tables.records[:, :1])
     step = jax.jit(functools.partial(decode_records, implementation=implementation))
     num_stored = 0
@@ -161,7 +162,7 @@ def test_a_step_is_its_parts(name, state_format, implementation, device):
                 check_equal(got, want)
                 num_stored += count
             cache = got
-    assert num_stored > 5
+    assert num_stored >= 5
 
 
 def test_a_step_that_completes_nothing_writes_no_byte(device):

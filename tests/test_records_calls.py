@@ -205,7 +205,11 @@ DEEP = {"records.pool": ((1, 3, *POOL[1:]), jnp.uint8)}
 
 
 def raw_read(changed=None, attributes=None, result=((G, N, D), jnp.float32), count=3):
-    operands = [np.zeros(*spec) for spec in (READ_OPERANDS | (changed or {})).values()][:count]
+    specs = READ_OPERANDS | (changed or {})
+    operands = [
+        np.full(shape, 0x38 if name == "records.pool" else 0, dtype)
+        for name, (shape, dtype) in specs.items()
+    ][:count]
     call = jax.ffi.ffi_call(DEQUANTIZE.target, jax.ShapeDtypeStruct(*result), has_side_effect=True)
     attributes = READ_ATTRIBUTES | (attributes or {})
     with jax.default_device(jax.devices("cpu")[0]):
@@ -213,9 +217,10 @@ def raw_read(changed=None, attributes=None, result=((G, N, D), jnp.float32), cou
 
 
 def test_good_operands_are_read():
-    assert not np.any(raw_read())
+    want = np.full(4, 0x38, np.uint8).view(np.float32)  # the scale; 0x38 is 1 in e4m3
+    assert np.all(np.asarray(raw_read()) == want)
     layers = {"records.pool": ((G, 3, *POOL[1:]), jnp.uint8), "layer": ((G, 1), jnp.int32)}
-    assert not np.any(raw_read(layers))
+    assert np.all(np.asarray(raw_read(layers)) == want)
 
 
 @pytest.mark.parametrize(
