@@ -33,15 +33,18 @@ __device__ __forceinline__ int position_of(int first_position, int t) {
 
 // ------------------------------------------------------------------------ for few requests
 
-// Grid: x = requests x column slices, z = groups. A warp per token, 32 columns. It serves up to
+// Grid: x = requests x column slices, z = groups. A warp per token and 32 columns. It serves up to
 // kTokens new rows, and few requests only, since later tokens merge again what earlier ones merge.
-template <class Config>
+// kWaitsAlone: other threads of the CTA take no part in it.
+template <class Config, int kColumns_ = 32, bool kWaitsAlone_ = false>
 struct PrefixTokenTile {
   static constexpr int kTokens = 4;
-  static constexpr int kThreads = 32 * kTokens;
-  static constexpr int kSlices = Config::kHeadDim / 32;
+  static constexpr int kColumns = kColumns_;
+  static constexpr bool kWaitsAlone = kWaitsAlone_;
+  static constexpr int kThreads = kColumns * kTokens;
+  static constexpr int kSlices = Config::kHeadDim / kColumns;
   static constexpr int kHalves = Config::kStateDim / Config::kHeadDim;
-  static constexpr int kEntries = 4 * kThreads;  // of the longest table that is copied
+  static constexpr int kEntries = 512;  // of the longest table that is copied
   static constexpr int kWindows = (kTokens + Config::kRatio - 1) / Config::kRatio;  // completed
   static_assert(!Config::kOverlap || kTokens <= Config::kRatio,
                 "the window before a completed one must have ended before the step");
@@ -108,9 +111,9 @@ struct PrefixTokenParams {
 
 // One thread's part of a step: token t of a request, in one column. kStaged: the tables are short
 // enough to be copied into shared memory while the lengths are loaded.
-template <class Config, bool kStaged>
+template <class Config, bool kStaged, class Tile = PrefixTokenTile<Config>>
 struct PrefixTokenStep {
-  using T = PrefixTokenTile<Config>;
+  using T = Tile;
   using KvScore = typename Config::KvScore;
   using Out = typename Config::Out;
   static constexpr int R = Config::kRatio, S = Config::kStateDim, D = Config::kHeadDim;
@@ -124,9 +127,9 @@ struct PrefixTokenStep {
 
   const PrefixTokenParams& p;
   SharedPlan& smem;
-  const uint32_t index = blockIdx.x / T::kSlices, group = blockIdx.z;
-  const int lane = threadIdx.x % 32, t = threadIdx.x / 32;
-  const int column = blockIdx.x % T::kSlices * 32 + lane;
+  const uint32_t index, group = blockIdx.z;
+  const int lane = threadIdx.x % 32, t = threadIdx.x / T::kColumns;
+  const int column;
   uint32_t of_group, per_group;
 
   // Set by load_lengths:
@@ -150,7 +153,11 @@ struct PrefixTokenStep {
   // by merge_new_rows and store_row:
   Prefix merged[kHalves];
 
-  __device__ PrefixTokenStep(const PrefixTokenParams& p, SharedPlan& smem) : p(p), smem(smem) {
+  __device__ PrefixTokenStep(const PrefixTokenParams& p, SharedPlan& smem, uint32_t block)
+      : p(p),
+        smem(smem),
+        index(block / T::kSlices),
+        column(block % T::kSlices * T::kColumns + threadIdx.x % T::kColumns) {
     of_group = group * p.batch;
     per_group = p.per_group;
     keep_in_registers(of_group, per_group);
@@ -256,7 +263,12 @@ struct PrefixTokenStep {
     __syncwarp();
     if constexpr (kStaged) {
       wait_for_copies<1>();
-      __syncthreads();  // the tables, before any thread looks up a row
+      // The tables, before any thread looks up a row.
+      if constexpr (T::kWaitsAlone) {
+        wait_at_barrier<T::kThreads>(1);
+      } else {
+        __syncthreads();
+      }
       const uint32_t entry = min(page, kEntries - 1u);
       const int32_t* const staged_table = one_table ? smem.kv_table : smem.score_table;
       const int32_t staged_kv_page = smem.kv_table[entry];
@@ -325,16 +337,25 @@ struct PrefixTokenStep {
     }
   }
 
+  // Of the window that this token completes.
+  __device__ float value() const {
+    Prefix window = merged[kHalves - 1];
+    if (has_before) {
+      window = merge({smem.before_lse[threadIdx.x], smem.before_mean[threadIdx.x]}, window);
+    }
+    return value_of(window);
+  }
+  __device__ int window() const {  // which of the step's
+    const int start = max(first_position, 0);  // of the first token that is stored
+    return T::kWindows == 1 ? 0 : token / R - start / R;
+  }
+
   __device__ void store_value() {
     wait_for_copies<0>();
-    const int start = max(first_position, 0);  // of the first token that is stored
+    const int start = max(first_position, 0);
     if (completes) {
-      Prefix window = merged[kHalves - 1];
-      if (has_before) {
-        window = merge({smem.before_lse[threadIdx.x], smem.before_mean[threadIdx.x]}, window);
-      }
-      const int m = T::kWindows == 1 ? 0 : token / R - start / R;
-      out()[m * D] = round_to<Out>(value_of(window));
+      const int m = window();
+      out()[m * D] = round_to<Out>(value());
     }
     if (t == 0 && (T::kWindows > 1 || length / R <= start / R)) {
       store_zeros(T::kWindows == 1 ? 0 : length / R - start / R);
@@ -347,7 +368,7 @@ __global__ void __launch_bounds__(PrefixTokenTile<Config>::kThreads)
     prefix_token_kernel(const __grid_constant__ PrefixTokenParams p) {
   using Step = PrefixTokenStep<Config, kStaged>;
   __shared__ typename Step::SharedPlan smem;
-  Step step(p, smem);
+  Step step(p, smem, blockIdx.x);
   step.load_lengths();
   step.copy_tables();
   step.load_new_rows();
@@ -367,10 +388,10 @@ __global__ void __launch_bounds__(PrefixTokenTile<Config>::kThreads)
 
 // Grid: as above, in columns of kVector. A thread goes through all tokens in order, kRowsAtOnce at
 // a time: any number of new rows.
-template <class Config>
+template <class Config, int kMostThreads = 128>
 struct PrefixTile {
   static constexpr int kVector = 2;
-  static constexpr int kThreads = std::min(128, Config::kHeadDim / kVector);
+  static constexpr int kThreads = std::min(kMostThreads, Config::kHeadDim / kVector);
   static constexpr int kSlices = Config::kHeadDim / (kVector * kThreads);
   static constexpr int kHalves = Config::kStateDim / Config::kHeadDim;
   static constexpr int kRowsAtOnce = std::min(4, Config::kRatio);  // they complete one window
@@ -547,8 +568,9 @@ struct PrefixStep {
     }
   }
 
-  __device__ static void store_value(const Merged& merged, Out* out) {
-    Vector<Out, kVector> values;
+  template <class Element>
+  __device__ static void store_value(const Merged& merged, Element* out) {
+    Vector<Element, kVector> values;
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       const PrefixVector &value = merged.value, &value_before = merged.value_before;
@@ -556,7 +578,7 @@ struct PrefixStep {
       if (Config::kOverlap) {
         window = merge({value_before.lse.x[v], value_before.mean.x[v]}, window);
       }
-      values.x[v] = round_to<Out>(value_of(window));
+      values.x[v] = round_to<Element>(value_of(window));
     }
     store(out, values);
   }

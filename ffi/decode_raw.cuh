@@ -195,7 +195,6 @@ struct WindowReducer {
   using T = Tile<Config, Geometry>;
   using State = typename Config::State;
   using StateVector = Vector<State, T::kVector>;
-  using Out = typename Config::Out;
   static constexpr int R = Config::kRatio, S = Config::kStateDim;
 
   struct SharedPlan {  // the row groups' partial results: max, sum and weighted, [kColumns] each
@@ -304,13 +303,57 @@ struct WindowReducer {
     return loaded;
   }
 
-  // Merges the row groups, and stores the slice's values.
-  __device__ void store_merged(SharedPlan& smem, Out* out) const {
+  // Adds stored row `i` of this lane, on whichever page it is.
+  __device__ void add_stored_row(int i) {
+    const int position = begin + row_group * T::kRowsPerLane + i;
+    const uint32_t kv_row = r.row_at(p.paging, look_up(p.paging, r.kv_table, position));
+    const uint32_t score_row = r.row_at(p.paging, look_up(p.paging, r.score_table, position));
+    if (kv_row == kNowhere || score_row == kNowhere) return;
+    const int from = column_at(position);
+    const StateVector kv[1] = {load_once<State, T::kVector>(static_cast<const State*>(p.kv) +
+                                                            uint64_t{kv_row} * S + from)};
+    const StateVector score[1] = {load_once<State, T::kVector>(static_cast<const State*>(p.score) +
+                                                               uint64_t{score_row} * S + from)};
+    partial.add(kv, score);
+  }
+
+  // Stores this lane's columns of the new rows that no reducer of a window stores.
+  __device__ void store_other_rows() const {
+    int t = max(-r.first_position, 0);
+    if (kReducersStore<Config>) t = max(t, r.end_window * R - r.first_position);
+#pragma unroll 1
+    for (t += row_group; t < r.num_new; t += T::kRowGroups) {
+      const int position = r.first_position + t;
+      const TableEntry kv_entry = look_up(p.paging, r.kv_table, position);
+      const TableEntry score_entry = look_up(p.paging, r.score_table, position);
+      constexpr int kHalves = S / Config::kHeadDim;
+      NewVector<Config, T::kVector> row[kHalves];
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        row[half] = NewVector<Config, T::kVector>(p, r, t, half * Config::kHeadDim + column);
+        row[half].load_bias(r, position, half * Config::kHeadDim + column);
+      }
+      const uint32_t kv_row = r.row_at(p.paging, kv_entry);
+      const uint32_t score_row = r.row_at(p.paging, score_entry);
+      State* const kv = static_cast<State*>(p.kv) + uint64_t{kv_row} * S + column;
+      State* const score = static_cast<State*>(p.score) + uint64_t{score_row} * S + column;
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        if (kv_row != kNowhere) store(kv + half * Config::kHeadDim, row[half].kv());
+        if (score_row != kNowhere) store(score + half * Config::kHeadDim, row[half].score());
+      }
+    }
+  }
+
+  // Merges the row groups; emits the slice's values, each by one thread. `wait`: for the threads
+  // that reduce.
+  template <class Wait, class Emit>
+  __device__ void merge_row_groups(SharedPlan& smem, Wait&& wait, Emit&& emit) const {
     float* mine = smem.partials[row_group] + threadIdx.x % T::kLanes * T::kVector;
     store(mine, partial.max);
     store(mine + T::kColumns, partial.sum);
     store(mine + 2 * T::kColumns, partial.weighted);
-    __syncthreads();  // the partial results of every row group, before any thread merges them
+    wait();  // the partial results of every row group, before any thread merges them
     constexpr int kPerThread = T::kRowGroups / T::kMergers;
     const int first = threadIdx.x % T::kMergers;
     for (int c = threadIdx.x / T::kMergers; c < T::kColumns; c += T::kThreads / T::kMergers) {
@@ -338,7 +381,7 @@ struct WindowReducer {
         sum += __shfl_xor_sync(~0u, sum, offset);
         weighted += __shfl_xor_sync(~0u, weighted, offset);
       }
-      if (first == 0) out[c] = round_to<Out>(sum == 0 ? 0.0f : fast_quotient(weighted, sum));
+      if (first == 0) emit(c, sum == 0 ? 0.0f : fast_quotient(weighted, sum));
     }
   }
 };
@@ -387,7 +430,9 @@ __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads,
     if ((first += T::kRowsInFlight) == T::kRowsPerLane) break;
     rows = reducer.load_rows(stored, first);
   }
-  reducer.store_merged(smem, out + int64_t{blockIdx.y} * Config::kHeadDim + slice_column);
+  out += int64_t{blockIdx.y} * Config::kHeadDim + slice_column;
+  reducer.merge_row_groups(
+      smem, [] { __syncthreads(); }, [&](int c, float value) { out[c] = round_to<Out>(value); });
 }
 
 }  // namespace jax_dsv4

@@ -39,7 +39,7 @@ __device__ __forceinline__ uint32_t to_e4m3x4(const float (&x)[4], float factor)
 // lane has four channels side by side of each group, and its neighbours the next ones: so every
 // load and store is of neighbours. One group per lane takes the least time, four the fewest
 // instructions.
-template <RecordFormat kFormat, int kHeadDim, int kValueLanes>
+template <int kHeadDim, int kValueLanes>
 struct RecordStage {
   static constexpr int kLanes = kValueLanes;
   static constexpr int kWidth = 4 * kLanes;  // channels of a group
@@ -47,7 +47,6 @@ struct RecordStage {
   static_assert(32 % kLanes == 0 && (kGroups == 1 || kGroups == 4), "RecordStage: unknown lanes");
   // The last groups; of one that is wider than what is rotated, the last lanes.
   static constexpr int kRotated = kRopeDim > kWidth ? kRopeDim / kWidth : 1;
-  using Layout = RecordLayout<kFormat, kHeadDim>;
 
   int lane;  // of the value's
   float x[kGroups][4];
@@ -68,6 +67,15 @@ struct RecordStage {
       const uint2 part = __ldcs(reinterpret_cast<const uint2*>(value + channel(j)));
       x[j][0] = float_of(part.x << 16), x[j][1] = float_of(part.x & 0xffff0000u);
       x[j][2] = float_of(part.y << 16), x[j][3] = float_of(part.y & 0xffff0000u);
+    }
+  }
+
+  __device__ __forceinline__ void take_value(const float* shared) {
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) {
+      const auto part = load<float, 4>(shared + channel(j));
+#pragma unroll
+      for (int v = 0; v < 4; ++v) x[j][v] = part.x[v];
     }
   }
 
@@ -178,11 +186,11 @@ struct RecordStage {
     for_each([&](float& value) { value *= factor; });
   }
 
-  // All steps, in the order of the contract. Nothing is stored unless the row exists;
-  // `is_16b_aligned`: of its data, else 4 bytes, as of its scales.
-  __device__ __forceinline__ void finish(const Operands& o, bool has_norm, bool has_rotation,
-                                         const RecordOptions& options, bool exists,
-                                         const RecordRow<Layout>& row, bool is_16b_aligned) {
+  // From a value to what is quantised, in the order of the contract. `rounds_last`: a quantised
+  // format.
+  template <bool kMayBeHadamard = true>
+  __device__ __forceinline__ void transform(const Operands& o, bool has_norm, bool has_rotation,
+                                            const RecordOptions& options, bool rounds_last) {
     const bool round_each = options.rounding == Rounding::kModel;
     if (round_each) round_all();
     if (has_norm) {
@@ -193,66 +201,23 @@ struct RecordStage {
       rotate(o);
       if (round_each) round_all();
     }
-    if (kFormat != RecordFormat::kFp8DsMla && options.hadamard) {
+    if (kMayBeHadamard && options.hadamard) {
       transform_hadamard();
       if (round_each) round_all();
     }
-    if (kIsQuantized<kFormat> && options.rounding == Rounding::kOnce) round_all();
-    store(options, exists, row, is_16b_aligned);
+    if (rounds_last && options.rounding == Rounding::kOnce) round_all();
   }
 
- private:
-  // Stores a lane's words, which are side by side.
-  template <int kWords>
-  static __device__ __forceinline__ void store_words(uint8_t* to, const uint32_t (&words)[kWords],
-                                                     bool together) {
-    if (kWords > 1 && together) {
-      Vector<uint32_t, kWords> vector;
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) vector.x[i] = words[i];
-      jax_dsv4::store(reinterpret_cast<uint32_t*>(to), vector);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) reinterpret_cast<uint32_t*>(to)[i] = words[i];
-    }
-  }
-
-  static __device__ __forceinline__ void store_bf16(uint8_t* to, const float (&group)[4],
-                                                    bool together) {
-    store_words<2>(to, {to_bf16x2(group[0], group[1]), to_bf16x2(group[2], group[3])}, together);
-  }
-
-  // The largest magnitude of the block that each group of a lane belongs to; NaN counts for
-  // nothing.
-  __device__ __forceinline__ void find_amax(const RecordOptions& options,
-                                            float (&amax)[kGroups]) const {
-    constexpr bool kIsWhole = Layout::kBlock > kWidth;  // all groups are one block
-    static_assert(!kIsWhole || Layout::kBlock == kHeadDim, "RecordStage: blocks of groups");
-    constexpr int kBlocks = kIsWhole ? 1 : kGroups;
-    constexpr int kBlockLanes = kIsWhole ? kLanes : Layout::kBlock / 4;
-#pragma unroll
-    for (int j = 0; j < kGroups; ++j) {
-      float& largest = amax[kIsWhole ? 0 : j];
-      if (j < kBlocks) largest = least_amax<kFormat>(options);
-#pragma unroll
-      for (int v = 0; v < 4; ++v) largest = fmaxf(largest, fabsf(x[j][v]));
-    }
-#pragma unroll
-    for (int offset = kBlockLanes / 2; offset > 0; offset /= 2) {
-#pragma unroll
-      for (int j = 0; j < kBlocks; ++j) {
-        amax[j] = fmaxf(amax[j], __shfl_xor_sync(kWholeWarp, amax[j], offset));
-      }
-    }
-#pragma unroll
-    for (int j = kBlocks; j < kGroups; ++j) amax[j] = amax[0];
-  }
-
+  // The quantiser and the bytes of the row. Nothing is stored unless the row exists;
+  // `is_16b_aligned`: of its data, else 4 bytes, as of its scales.
+  template <RecordFormat kFormat>
   __device__ __forceinline__ void store(const RecordOptions& options, bool exists,
-                                        const RecordRow<Layout>& row, bool is_16b_aligned) const {
+                                        const RecordRow<RecordLayout<kFormat, kHeadDim>>& row,
+                                        bool is_16b_aligned) const {
     using F = RecordFormat;
+    using Layout = RecordLayout<kFormat, kHeadDim>;
     float amax[kGroups];
-    if constexpr (Layout::kBlock > 0) find_amax(options, amax);
+    if constexpr (Layout::kBlock > 0) find_amax<kFormat>(options, amax);
     if (!exists) return;
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
@@ -294,6 +259,55 @@ struct RecordStage {
         }
       }
     }
+  }
+
+ private:
+  // Stores a lane's words, which are side by side.
+  template <int kWords>
+  static __device__ __forceinline__ void store_words(uint8_t* to, const uint32_t (&words)[kWords],
+                                                     bool together) {
+    if (kWords > 1 && together) {
+      Vector<uint32_t, kWords> vector;
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) vector.x[i] = words[i];
+      jax_dsv4::store(reinterpret_cast<uint32_t*>(to), vector);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) reinterpret_cast<uint32_t*>(to)[i] = words[i];
+    }
+  }
+
+  static __device__ __forceinline__ void store_bf16(uint8_t* to, const float (&group)[4],
+                                                    bool together) {
+    store_words<2>(to, {to_bf16x2(group[0], group[1]), to_bf16x2(group[2], group[3])}, together);
+  }
+
+  // The largest magnitude of the block that each group of a lane belongs to; NaN counts for
+  // nothing.
+  template <RecordFormat kFormat>
+  __device__ __forceinline__ void find_amax(const RecordOptions& options,
+                                            float (&amax)[kGroups]) const {
+    using Layout = RecordLayout<kFormat, kHeadDim>;
+    constexpr bool kIsWhole = Layout::kBlock > kWidth;  // all groups are one block
+    static_assert(!kIsWhole || Layout::kBlock == kHeadDim, "RecordStage: blocks of groups");
+    constexpr int kBlocks = kIsWhole ? 1 : kGroups;
+    constexpr int kBlockLanes = kIsWhole ? kLanes : Layout::kBlock / 4;
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) {
+      float& largest = amax[kIsWhole ? 0 : j];
+      if (j < kBlocks) largest = least_amax<kFormat>(options);
+#pragma unroll
+      for (int v = 0; v < 4; ++v) largest = fmaxf(largest, fabsf(x[j][v]));
+    }
+#pragma unroll
+    for (int offset = kBlockLanes / 2; offset > 0; offset /= 2) {
+#pragma unroll
+      for (int j = 0; j < kBlocks; ++j) {
+        amax[j] = fmaxf(amax[j], __shfl_xor_sync(kWholeWarp, amax[j], offset));
+      }
+    }
+#pragma unroll
+    for (int j = kBlocks; j < kGroups; ++j) amax[j] = amax[0];
   }
 };
 

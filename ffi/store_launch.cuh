@@ -17,15 +17,16 @@ inline constexpr int64_t kFewValues = 1024;
 inline constexpr uint32_t kStoreThreads = 128;
 
 template <class Record>
-using StageOfFew = RecordStage<Record::kFormat, Record::kHeadDim, 32>;
+using StageOfFew = RecordStage<Record::kHeadDim, 32>;
 template <class Record>
-using StageOfMany = RecordStage<Record::kFormat, Record::kHeadDim, Record::kHeadDim / 16>;
+using StageOfMany = RecordStage<Record::kHeadDim, Record::kHeadDim / 16>;
 
 // The lanes that hold a value make its record.
 template <class Record, class Stage, class Value>
 __global__ void __launch_bounds__(kStoreThreads, 8)
     store_records_kernel(const __grid_constant__ StoreParams p) {
   constexpr int D = Record::kHeadDim;
+  constexpr RecordFormat kFormat = Record::kFormat;
   const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
   const bool is_value = thread / Stage::kLanes < p.num_values;
   const uint32_t index = is_value ? thread / Stage::kLanes : p.num_values - 1;
@@ -47,8 +48,10 @@ __global__ void __launch_bounds__(kStoreThreads, 8)
     const int64_t row = group * p.table_stride + (place.exists ? position : 0);
     stage.load_rotation(p.table + row * kRopeDim, p.options.interleaved, operands);
   }
-  stage.finish(operands, p.norm_weight != nullptr, p.table != nullptr, p.options, place.exists,
-               {p.pool, pages, place}, p.pool.is_16b_aligned);
+  stage.template transform<kFormat != RecordFormat::kFp8DsMla>(
+      operands, p.norm_weight != nullptr, p.table != nullptr, p.options, kIsQuantized<kFormat>);
+  stage.template store<kFormat>(p.options, place.exists, {p.pool, pages, place},
+                                p.pool.is_16b_aligned);
 }
 
 template <class Record, class Stage>

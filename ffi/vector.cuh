@@ -112,4 +112,77 @@ __device__ __forceinline__ void keep_in_registers(uint32_t& x, uint32_t& y) {
   asm volatile("" : "+r"(x), "+r"(y));
 }
 
+// ------------------------------------------------------------------ threads that wait for others
+
+// Of so many threads of a CTA, by the number of one of its 16 barriers: those that come to it wait
+// for all; those that only arrive do not.
+template <int kThreads>
+__device__ __forceinline__ void wait_at_barrier(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+template <int kThreads>
+__device__ __forceinline__ void arrive_at_barrier(int barrier) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+
+// Clusters of CTAs read and write each other's shared memory. Chips before sm_90 have none: what is
+// compiled for them is never launched.
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+__device__ __forceinline__ uint32_t rank_in_cluster() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// Threads that have ended count as arrived.
+__device__ __forceinline__ void arrive_at_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// A barrier in shared memory that waits for so many bytes, once.
+__device__ __forceinline__ void expect_bytes(uint64_t* barrier, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;"
+      "fence.mbarrier_init.release.cluster;"
+      "{ .reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1; }" ::"r"(
+          shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_bytes(const uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{ .reg .pred done;"
+      "  again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;"
+      "  @!done bra again; }" ::"r"(shared_address(barrier))
+      : "memory");
+#endif
+}
+
+// Stores into the shared memory of a CTA of the cluster, where `to` and `barrier` are as they are
+// here, and tells its barrier.
+__device__ __forceinline__ void send(float* to, float x, uint64_t* barrier, uint32_t rank) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{ .reg .b32 there, bar;"
+      "  mapa.shared::cluster.u32 there, %0, %3;"
+      "  mapa.shared::cluster.u32 bar, %2, %3;"
+      "  st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %1, [bar]; }" ::"r"(
+          shared_address(to)),
+      "f"(x), "r"(shared_address(barrier)), "r"(rank)
+      : "memory");
+#endif
+}
+
 }  // namespace jax_dsv4
