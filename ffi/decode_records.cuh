@@ -18,57 +18,101 @@
 #include "record_stage.cuh"
 #include "vector.cuh"
 
+#ifdef TRACE
+static __device__ long long trace_of[16];
+#define MARK(n) do { if (threadIdx.x % 32 == 0 && blockIdx.x == 0) { long long c; asm volatile("mov.u64 %0, %%clock64;" : "=l"(c) :: "memory"); trace_of[n] = c; } } while (0)
+#else
+#define MARK(n)
+#endif
 namespace jax_dsv4 {
 
-// One warp's part of a step: the record of a window.
+// What the threads that make a record share: the value, on its way from the CTAs of a cluster, and
+// what else the record needs.
+template <int kHeadDim>
+struct RecordPlan {
+  static constexpr int kThreads = kHeadDim / 4, kRotating = kRopeDim / 4;
+  alignas(16) float value[kHeadDim];
+  alignas(16) float weight[kHeadDim];       // a thread reads what it has copied, here and below
+  alignas(8) float rotation[kRotating][4];  // of the threads that rotate: two pairs of floats
+  int32_t page[kThreads];
+  typename RecordStage<kHeadDim, kThreads>::Exchange exchange;
+  uint64_t barrier;  // for the value
+};
+
+// One thread's part of a record: four channels.
 template <int kHeadDim>
 struct RecordMaker {
-  using Stage = RecordStage<kHeadDim, 32>;
+  using Plan = RecordPlan<kHeadDim>;
+  using Stage = RecordStage<kHeadDim, Plan::kThreads>;
 
   const RecordTarget& target;
-  RecordPages pages;
-  RecordPlace place;
+  Plan& plan;
   Stage stage;
-  typename Stage::Operands operands;
+  uint32_t row_of_page;
 
-  // Loads all that the record needs but its value.
-  __device__ __forceinline__ RecordMaker(const RecordTarget& target, uint32_t group, uint32_t index,
-                                         uint32_t window, uint32_t position)
-      : target(target), stage{static_cast<int>(threadIdx.x % 32)} {
-    const int32_t* const table =
-        target.tables + uint64_t{group * target.tables_stride + index} * target.max_pages;
-    const uint32_t logical = window / target.pool.page_size;
-    const bool has_position = target.cos_sin == nullptr || position < target.num_positions;
-    const auto page = static_cast<uint32_t>(
-        load_if(has_position && logical < target.max_pages, table + logical, -1));
-    if (target.norm_weight != nullptr) {
-      stage.load_weight(target.norm_weight + int64_t{group} * target.weight_stride * kHeadDim,
-                        operands);
-    }
-    if (target.cos_sin != nullptr) {
-      const int64_t row = group * target.cos_sin_stride + (has_position ? position : 0);
-      stage.load_rotation(target.cos_sin + row * kRopeDim, target.options.interleaved, operands);
-    }
-    pages = pages_of(target.pool, group);
-    const bool exists = page < pages.count;
-    place = {exists, exists ? page : 0,
-             exists ? window - logical * target.pool.page_size.value : 0};
+  __device__ __forceinline__ RecordMaker(const RecordTarget& target, Plan& plan, int thread)
+      : target(target), plan(plan), stage{thread} {}
+
+  __device__ __forceinline__ bool rotates() const {
+    return stage.channel(0) >= kHeadDim - kRopeDim;
   }
 
-  __device__ __forceinline__ void finish(const float* value, RecordFormat format) {
-    stage.take_value(value);
+  // Starts copies of all that the record of a window needs but its value.
+  __device__ __forceinline__ void start(uint32_t group, uint32_t index, uint32_t window,
+                                        uint32_t position) {
+    const int thread = stage.lane;
+    const uint32_t logical = window / target.pool.page_size;
+    row_of_page = window - logical * target.pool.page_size.value;
+    const bool has_position = target.cos_sin == nullptr || position < target.num_positions;
+    const bool may_exist = has_position && logical < target.max_pages;
+    if (!may_exist) plan.page[thread] = -1;
+    copy_if(may_exist, &plan.page[thread],
+            target.tables + uint64_t{group * target.tables_stride + index} * target.max_pages +
+                logical);
+    copy_if<4>(target.norm_weight != nullptr, &plan.weight[stage.channel(0)],
+               target.norm_weight + int64_t{group} * target.weight_stride * kHeadDim +
+                   stage.channel(0));
+    const bool copies = target.cos_sin != nullptr && has_position && rotates();
+    const float* const row = target.cos_sin + (group * target.cos_sin_stride + position) * kRopeDim;
+    const int first = stage.channel(0) % kRopeDim / 2;  // of 32 pairs
+    float* const rotation = plan.rotation[thread % Plan::kRotating];
+    const bool interleaved = target.options.interleaved;
+    copy_if<2>(copies, rotation, row + (interleaved ? 2 * first : first));
+    copy_if<2>(copies, rotation + 2,
+               row + (interleaved ? 2 * first + 2 : first + kRopeDim / 2));
+    commit_copies();
+  }
+
+  // Makes the record, once the value is there.
+  __device__ __forceinline__ void finish(uint32_t group, RecordFormat format) {
+    MARK(10);
+    wait_for_copies<0>();
+    typename Stage::Operands operands;
+    operands.weight[0] = load<float, 4>(&plan.weight[stage.channel(0)]);
+    stage.set_rotation(load<float, 2>(plan.rotation[stage.lane % Plan::kRotating]),
+                       load<float, 2>(plan.rotation[stage.lane % Plan::kRotating] + 2),
+                       target.options.interleaved, operands, 0);
+    stage.take_value(plan.value);
     stage.transform(operands, target.norm_weight != nullptr, target.cos_sin != nullptr,
-                    target.options, format > RecordFormat::kBf16);
-    store_in(Records{}, format);
+                    target.options, format > RecordFormat::kBf16, &plan.exchange);
+    MARK(11);
+    const RecordPages pages = pages_of(target.pool, group);
+    const auto page = static_cast<uint32_t>(plan.page[stage.lane]);
+    const bool exists = page < pages.count;
+    store_in(Records{}, format, pages, {exists, exists ? page : 0, exists ? row_of_page : 0});
+    MARK(12);
   }
 
  private:
   template <class... Compiled>
-  __device__ __forceinline__ void store_in(TypeList<Compiled...>, RecordFormat format) const {
-    (store_if<Compiled>(format), ...);
+  __device__ __forceinline__ void store_in(TypeList<Compiled...>, RecordFormat format,
+                                           const RecordPages& pages,
+                                           const RecordPlace& place) const {
+    (store_if<Compiled>(format, pages, place), ...);
   }
   template <class Record>
-  __device__ __forceinline__ void store_if(RecordFormat format) const {
+  __device__ __forceinline__ void store_if(RecordFormat format, const RecordPages& pages,
+                                           const RecordPlace& place) const {
     if constexpr (Record::kHeadDim == kHeadDim) {
       if (format == Record::kFormat) {
         stage.template store<Record::kFormat>(target.options, place.exists,
@@ -79,23 +123,18 @@ struct RecordMaker {
   }
 };
 
-// A value on its way from the CTAs of a cluster to the warp that makes its record.
-template <int kHeadDim>
-struct ValueBuffer {
-  alignas(16) float value[kHeadDim];
-  uint64_t barrier;
-};
-
-// Barriers of a CTA, by number; 0 is __syncthreads'.
-enum CtaBarrier : int { kWorkers = 1, kFull = 2, kEmpty = 4 };
+// Barriers of a CTA, by number; 0 is __syncthreads', 15 a record's.
+enum CtaBarrier : int { kWorkers = 1, kFull = 2 };
 
 // ---------------------------------------------------------- prefixes, for few requests
 
-template <class Config, bool kStaged, int kColumns>
+template <class Config, bool kStaged, int kColumns, int kMinCtas_ = 1>
 struct PrefixTokenRecords {
   using T = PrefixTokenTile<Config, kColumns, true>;
   using Step = PrefixTokenStep<Config, kStaged, T>;
-  static constexpr int kSlices = T::kSlices, kThreads = T::kThreads + 32, kMinCtas = 1;
+  using Plan = RecordPlan<Config::kHeadDim>;
+  static constexpr int kSlices = T::kSlices, kThreads = T::kThreads + Plan::kThreads;
+  static constexpr int kMinCtas = kMinCtas_;
   static constexpr int R = Config::kRatio, D = Config::kHeadDim;
   static_assert(kSlices >= T::kWindows && kSlices > 1, "a window's record is made in a CTA");
 
@@ -109,10 +148,12 @@ struct PrefixTokenRecords {
   };
 
   // CTA m of a request makes the record of window m.
-  static __device__ __forceinline__ void make_record(const Params& p, ValueBuffer<D>& buffer,
-                                                     uint32_t index, int m) {
+  static __device__ __forceinline__ void make_record(const Params& p, Plan& plan, uint32_t index,
+                                                     int m) {
     if (m >= T::kWindows) return;
-    if (threadIdx.x % 32 == 0) expect_bytes(&buffer.barrier, sizeof(buffer.value));
+    const int thread = threadIdx.x - T::kThreads;
+    MARK(6);
+    if (thread == 0) expect_bytes(&plan.barrier, sizeof(plan.value));
     __syncwarp();
     arrive_at_cluster();
     const PrefixTokenParams& s = p.step;
@@ -128,53 +169,63 @@ struct PrefixTokenRecords {
     if (min(length, num_new) <= 0 || layer >= s.num_layers) return;
     const uint32_t window = max(length - num_new, 0) / R + static_cast<uint32_t>(m);
     if (window >= static_cast<uint32_t>(length) / R) return;
-    RecordMaker<D> maker(p.records, group, index, window, window * R);
-    wait_for_bytes(&buffer.barrier);
-    maker.finish(buffer.value, p.format);
+    MARK(7);
+    RecordMaker<D> maker(p.records, plan, thread);
+    maker.start(group, index, window, window * R);
+    MARK(9);
+    wait_for_cluster();  // for the barrier
+    wait_for_bytes(&plan.barrier);
+    maker.finish(group, p.format);
   }
 
   static __device__ __forceinline__ void run(const Params& p, uint32_t block) {
     __shared__ typename Step::SharedPlan smem;
-    __shared__ ValueBuffer<D> buffer;
+    __shared__ Plan plan;
     const int slice = block % kSlices;
-    if (threadIdx.x >= T::kThreads) {
-      if (threadIdx.x < kThreads) make_record(p, buffer, block / kSlices, slice);
+    if (__builtin_expect(threadIdx.x >= T::kThreads, 0)) {  // out of the others' way
+      if (threadIdx.x < kThreads) make_record(p, plan, block / kSlices, slice);
       return;
     }
+    MARK(0);
     Step step(p.step, smem, block);
     step.load_lengths();
     step.copy_tables();
     step.load_new_rows();
+    MARK(1);
     arrive_at_cluster();
     if (!step.is_active()) {
       wait_for_copies<0>();
       return;
     }
+    MARK(2);
     step.look_up_rows();
     step.load_rows_before();
     step.merge_new_rows();
+    MARK(3);
     step.store_row();
     wait_for_copies<0>();
     if (!step.completes) return;
     const float value = step.value();
+    MARK(4);
     wait_for_cluster();
-    send(&buffer.value[step.column], value, &buffer.barrier,
+    MARK(5);
+    send(&plan.value[step.column], value, &plan.barrier,
          rank_in_cluster() - slice + step.window());
   }
 };
 
 // --------------------------------------------------------- prefixes, for many requests
 
-// A CTA has all columns of a request. Two values may be on their way.
+// A CTA has all columns of a request, and some of its threads make a record while the others go on:
+// two plans in turn.
 template <class Config>
 struct PrefixRecords {
   using T = PrefixTile<Config, 256>;
   using Step = PrefixStep<Config>;
-  static constexpr int kSlices = 1, kThreads = T::kThreads + 32;
-  static constexpr int kMinCtas = 2;
+  using Plan = RecordPlan<Config::kHeadDim>;
+  static constexpr int kSlices = 1, kThreads = T::kThreads, kMinCtas = 2;
   static constexpr int R = Config::kRatio, D = Config::kHeadDim;
-  static_assert(T::kSlices == 1, "a CTA has all columns");
-  static constexpr int kBuffers = 2;
+  static_assert(T::kSlices == 1 && Plan::kThreads <= kThreads, "a CTA has all columns");
 
   struct Params : DecodeRecordsParams {
     RecordFormat format;
@@ -184,38 +235,46 @@ struct PrefixRecords {
   };
 
   static __device__ __forceinline__ void run(const Params& p, uint32_t index) {
-    __shared__ float values[kBuffers][D];
+    __shared__ Plan plans[2];
     if (threadIdx.x >= kThreads) return;
-    prefetch_tables(p, blockIdx.z, index);
-    const Request<Config> r = request_at<Config>(p, blockIdx.z, index);
-    const int num_windows = r.end_window - r.first_window;
-    if (threadIdx.x >= T::kThreads) {
-#pragma unroll 1
-      for (int m = 0; m < num_windows; ++m) {
-        const uint32_t window = r.first_window + m;
-        RecordMaker<D> maker(p.records, blockIdx.z, index, window, window * R);
-        wait_at_barrier<kThreads>(kFull + m % kBuffers);
-        maker.finish(values[m % kBuffers], p.format);
-        if (m + kBuffers < num_windows) arrive_at_barrier<kThreads>(kEmpty + m % kBuffers);
-      }
-      return;
-    }
+    MARK(0);
+    const uint32_t group = blockIdx.z;
+    prefetch_tables(p, group, index);
+    const Request<Config> r = request_at<Config>(p, group, index);
     const int column = threadIdx.x * T::kVector;
     Step step(p, r, column);
     step.load_new_rows(0);
-    int m = 0;
+    uint32_t window = r.first_window;
+    const bool makes = threadIdx.x < Plan::kThreads;
+    if (makes && r.first_window < r.end_window) {
+      RecordMaker<D>(p.records, plans[0], threadIdx.x).start(group, index, window, window * R);
+    }
 #pragma unroll 1
     for (int t0 = 0;;) {
+      MARK(1);
       const auto tokens = step.look_up_rows(t0);
+      MARK(2);
       if (t0 == 0) step.load_rows_before(tokens);
       const auto merged = step.merge_new_rows(t0, tokens);
-      if (merged.last < Step::kRows) {
-        if (m >= kBuffers) wait_at_barrier<kThreads>(kEmpty + m % kBuffers);
-        Step::store_value(merged, values[m % kBuffers] + column);
-        arrive_at_barrier<kThreads>(kFull + m % kBuffers);
-        ++m;
-      }
+      MARK(3);
       step.store_rows(merged);
+      MARK(4);
+      if (merged.last < Step::kRows) {
+        Plan& plan = plans[(window - r.first_window) % 2];
+        Step::store_value(merged, plan.value + column);
+        wait_at_barrier<kThreads>(kWorkers);
+        if (makes) {
+          RecordMaker<D> maker(p.records, plan, threadIdx.x);
+          maker.row_of_page = window - window / p.records.pool.page_size * p.records.pool.page_size.value;
+          maker.finish(group, p.format);
+          Plan& next = plans[(window + 1 - r.first_window) % 2];
+          if (window + 1 < static_cast<uint32_t>(r.end_window)) {
+            RecordMaker<D>(p.records, next, threadIdx.x)
+                .start(group, index, window + 1, (window + 1) * R);
+          }
+        }
+        ++window;
+      }
       if ((t0 += Step::kRows) >= r.num_new) break;
       step.load_new_rows(t0);
     }
@@ -224,13 +283,14 @@ struct PrefixRecords {
 
 // ------------------------------------------------------------------------------- raw rows
 
-// kOwnWarp: a warp of the first CTA makes records and nothing else; otherwise one that reduces.
+// kOwnWarps: warps of the first CTA make the record and do nothing else; otherwise those that reduce.
 // kAnyPage: a lane's rows may be on several pages.
-template <class Config, class Geometry, bool kOwnWarp, bool kAnyPage>
+template <class Config, class Geometry, bool kOwnWarps, bool kAnyPage>
 struct RawRecords {
   using T = Tile<Config, Geometry>;
   using Reducer = WindowReducer<Config, Geometry>;
-  static constexpr int kSlices = T::kSlices, kThreads = T::kThreads + 32 * kOwnWarp;
+  using Plan = RecordPlan<Config::kHeadDim>;
+  static constexpr int kSlices = T::kSlices, kThreads = T::kThreads + (kOwnWarps ? Plan::kThreads : 0);
   static constexpr int kMinCtas = T::kMinCtas;
   static constexpr int R = Config::kRatio, D = Config::kHeadDim;
   static_assert(kSlices <= 8, "a cluster has at most 8 CTAs on every chip");
@@ -242,37 +302,40 @@ struct RawRecords {
         : DecodeRecordsParams(p), format(format) {}
   };
 
-  static __device__ __forceinline__ void expect_value(ValueBuffer<D>& buffer) {
-    if (kSlices > 1) expect_bytes(&buffer.barrier, sizeof(buffer.value));
-  }
-
-  static __device__ __forceinline__ void make_record(const Params& p, ValueBuffer<D>& buffer,
-                                                     uint32_t index, uint32_t window) {
-    RecordMaker<D> maker(p.records, blockIdx.z, index, window, window * R);
-    if (kSlices > 1) {
-      wait_for_bytes(&buffer.barrier);
-    } else if (kOwnWarp) {
-      wait_at_barrier<kThreads>(kFull);
-    }
-    maker.finish(buffer.value, p.format);
-  }
+  static_assert(kOwnWarps || Plan::kThreads <= kThreads, "too few threads for a record");
 
   static __device__ __forceinline__ void run(const Params& p, uint32_t block) {
     __shared__ typename Reducer::SharedPlan smem;
-    __shared__ ValueBuffer<D> buffer;
-    const uint32_t index = block / kSlices;
+    __shared__ Plan plan;
+    const uint32_t index = block / kSlices, group = blockIdx.z;
     const int slice = block % kSlices;
-    if (kOwnWarp && threadIdx.x >= T::kThreads) {
+    MARK(0);
+    if (!kOwnWarps && threadIdx.x >= kThreads) return;
+    if (kOwnWarps && __builtin_expect(threadIdx.x >= T::kThreads, 0)) {
       if (slice != 0 || threadIdx.x >= kThreads) return;
-      if (threadIdx.x == T::kThreads) expect_value(buffer);
-      __syncwarp();
-      if (kSlices > 1) arrive_at_cluster();
-      const Request<Config> r = request_at<Config>(p, blockIdx.z, index);
+      const int thread = threadIdx.x - T::kThreads;
+      if (kSlices > 1) {
+        if (thread == 0) expect_bytes(&plan.barrier, sizeof(plan.value));
+        __syncwarp();
+        arrive_at_cluster();
+      }
+      const Request<Config> r = request_at<Config>(p, group, index);
       const int window = r.first_window + blockIdx.y;
-      if (window < r.end_window) make_record(p, buffer, index, window);
+      if (window >= r.end_window) return;
+      RecordMaker<D> maker(p.records, plan, thread);
+      maker.start(group, index, window, static_cast<uint32_t>(window) * R);
+      if (kSlices > 1) {
+        wait_for_cluster();  // for the barrier
+        wait_for_bytes(&plan.barrier);
+      } else {
+        wait_at_barrier<kThreads>(kFull);
+      }
+      maker.finish(group, p.format);
       return;
     }
-    if (!kOwnWarp && slice == 0 && threadIdx.x == 0) expect_value(buffer);
+    if (!kOwnWarps && kSlices > 1 && slice == 0 && threadIdx.x == 0) {
+      expect_bytes(&plan.barrier, sizeof(plan.value));
+    }
     prefetch_tables(p, blockIdx.z, index);
     const Request<Config> r = request_at<Config>(p, blockIdx.z, index);
     if (kSlices > 1) {
@@ -282,16 +345,22 @@ struct RawRecords {
     const int window = r.first_window + blockIdx.y;
     const bool completes = window < r.end_window;
     const int slice_column = slice * T::kColumns;
+    MARK(1);
     Reducer reducer(p, r, window, slice_column);
     auto stored = reducer.look_up_stored_rows();
     const auto new_row = reducer.load_new_row(reducer.row_group);
     if (!completes) stored.count = 0;
+    const bool makes = !kOwnWarps && slice == 0 && threadIdx.x < Plan::kThreads;
+    RecordMaker<D> maker(p.records, plan, threadIdx.x);
+    if (makes && completes) maker.start(group, index, window, static_cast<uint32_t>(window) * R);
     typename Reducer::Rows rows;
     if constexpr (!kAnyPage) {
       reducer.find_stored_rows(stored);
       rows = reducer.load_rows(stored, 0);
     }
+    MARK(2);
     if (blockIdx.y == 0) reducer.store_other_rows();
+    MARK(3);
     if (__builtin_expect(!completes, 0)) return;
     reducer.add(new_row);
 #pragma unroll 1
@@ -311,25 +380,29 @@ struct RawRecords {
         rows = reducer.load_rows(stored, first);
       }
     }
+    MARK(4);
     const auto wait = [] {
       wait_at_barrier<T::kThreads>(kWorkers);
       if (kSlices > 1) wait_for_cluster();
     };
     const uint32_t first_rank = kSlices > 1 ? rank_in_cluster() - slice : 0;
     reducer.merge_row_groups(smem, wait, [&](int c, float value) {
-      float* const to = &buffer.value[slice_column + c];
+      float* const to = &plan.value[slice_column + c];
       if (kSlices > 1) {
-        send(to, value, &buffer.barrier, first_rank);
+        send(to, value, &plan.barrier, first_rank);
       } else {
         *to = value;
       }
     });
-    if (kOwnWarp) {
+    MARK(5);
+    if (kOwnWarps) {
       if (kSlices == 1) arrive_at_barrier<kThreads>(kFull);
       return;
     }
     if (kSlices == 1) wait_at_barrier<T::kThreads>(kFull);
-    if (slice == 0 && threadIdx.x < 32) make_record(p, buffer, index, window);
+    if (!makes) return;
+    if (kSlices > 1) wait_for_bytes(&plan.barrier);
+    maker.finish(group, p.format);
   }
 };
 

@@ -35,18 +35,28 @@ __device__ __forceinline__ uint32_t to_e4m3x4(const float (&x)[4], float factor)
 #endif
 }
 
-// A value is in kLanes lanes of a warp, which call everything together with the warp's others. A
-// lane has four channels side by side of each group, and its neighbours the next ones: so every
-// load and store is of neighbours. One group per lane takes the least time, four the fewest
-// instructions.
+// A value is in kLanes lanes, which call everything together: of a warp, with the warp's others, or
+// of whole warps, which meet at a barrier. A lane has four channels side by side of each group, and
+// its neighbours the next ones: so every load and store is of neighbours. One group per lane takes
+// the least time, four the fewest instructions.
 template <int kHeadDim, int kValueLanes>
 struct RecordStage {
   static constexpr int kLanes = kValueLanes;
   static constexpr int kWidth = 4 * kLanes;  // channels of a group
   static constexpr int kGroups = kHeadDim / kWidth;
-  static_assert(32 % kLanes == 0 && (kGroups == 1 || kGroups == 4), "RecordStage: unknown lanes");
+  static constexpr int kWarpLanes = kLanes < 32 ? kLanes : 32;
+  static constexpr int kWarps = kLanes / kWarpLanes;
+  static_assert(32 % kWarpLanes == 0 && (kGroups == 1 || kGroups == 4) &&
+                    (kWarps == 1 || kGroups == 1),
+                "RecordStage: unknown lanes");
   // The last groups; of one that is wider than what is rotated, the last lanes.
   static constexpr int kRotated = kRopeDim > kWidth ? kRopeDim / kWidth : 1;
+
+  // Of several warps, in shared memory.
+  struct Exchange {
+    float sums[kWarps];
+    alignas(16) float values[kHeadDim];
+  };
 
   int lane;  // of the value's
   float x[kGroups][4];
@@ -98,9 +108,15 @@ struct RecordStage {
       const int first = channel(kGroups - kRotated + g) % kRopeDim / 2;  // of 32 pairs
       const auto low = load<float, 2>(row + (interleaved ? 2 * first : first));
       const auto high = load<float, 2>(row + (interleaved ? 2 * first + 2 : first + kRopeDim / 2));
-      o.cos[g][0] = low.x[0], o.cos[g][1] = interleaved ? high.x[0] : low.x[1];
-      o.sin[g][0] = interleaved ? low.x[1] : high.x[0], o.sin[g][1] = high.x[1];
+      set_rotation(low, high, interleaved, o, g);
     }
+  }
+  // Of cos, sin, cos, sin; or cos, cos and sin, sin.
+  static __device__ __forceinline__ void set_rotation(const Vector<float, 2>& low,
+                                                      const Vector<float, 2>& high,
+                                                      bool interleaved, Operands& o, int g) {
+    o.cos[g][0] = low.x[0], o.cos[g][1] = interleaved ? high.x[0] : low.x[1];
+    o.sin[g][0] = interleaved ? low.x[1] : high.x[0], o.sin[g][1] = high.x[1];
   }
 
   template <class Visit>
@@ -123,7 +139,12 @@ struct RecordStage {
     }
   }
 
-  __device__ __forceinline__ void normalize(const Operands& o, float eps) {
+  static __device__ __forceinline__ void wait_for_warps() {
+    constexpr int kBarrier = 15;
+    wait_at_barrier<kLanes>(kBarrier);
+  }
+
+  __device__ __forceinline__ void normalize(const Operands& o, float eps, Exchange* exchange) {
     float sums[4] = {};  // side by side
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
@@ -132,8 +153,15 @@ struct RecordStage {
     }
     float sum = sums[0] + sums[1] + (sums[2] + sums[3]);
 #pragma unroll
-    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+    for (int offset = kWarpLanes / 2; offset > 0; offset /= 2) {
       sum += __shfl_xor_sync(kWholeWarp, sum, offset);
+    }
+    if constexpr (kWarps > 1) {
+      if (lane % 32 == 0) exchange->sums[lane / 32] = sum;
+      wait_for_warps();
+      sum = 0;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) sum += exchange->sums[w];
     }
     const float factor = __frsqrt_rn(sum / kHeadDim + eps);
 #pragma unroll
@@ -157,7 +185,7 @@ struct RecordStage {
     }
   }
 
-  __device__ __forceinline__ void transform_hadamard() {
+  __device__ __forceinline__ void transform_hadamard(Exchange* exchange) {
     const auto butterfly = [](float& low, float& high) {
       const float sum = low + high;
       high = low - high;
@@ -169,7 +197,18 @@ struct RecordStage {
       butterfly(x[j][0], x[j][2]), butterfly(x[j][1], x[j][3]);
     }
 #pragma unroll
-    for (int step = kLanes / 2; step > 0; step /= 2) {
+    for (int step = kLanes / 2; step >= 32; step /= 2) {
+      const float sign = (lane & step) != 0 ? -1.0f : 1.0f;
+      float* const values = exchange->values;
+      wait_for_warps();  // for whoever reads what was here before
+      jax_dsv4::store(values + 4 * lane, Vector<float, 4>{x[0][0], x[0][1], x[0][2], x[0][3]});
+      wait_for_warps();
+      const auto other = load<float, 4>(values + 4 * (lane ^ step));
+#pragma unroll
+      for (int v = 0; v < 4; ++v) x[0][v] = fmaf(x[0][v], sign, other.x[v]);
+    }
+#pragma unroll
+    for (int step = kWarpLanes / 2; step > 0; step /= 2) {
       const float sign = (lane & step) != 0 ? -1.0f : 1.0f;
       for_each([&](float& value) {
         value = fmaf(value, sign, __shfl_xor_sync(kWholeWarp, value, step));
@@ -190,11 +229,12 @@ struct RecordStage {
   // format.
   template <bool kMayBeHadamard = true>
   __device__ __forceinline__ void transform(const Operands& o, bool has_norm, bool has_rotation,
-                                            const RecordOptions& options, bool rounds_last) {
+                                            const RecordOptions& options, bool rounds_last,
+                                            Exchange* exchange = nullptr) {
     const bool round_each = options.rounding == Rounding::kModel;
     if (round_each) round_all();
     if (has_norm) {
-      normalize(o, options.rms_norm_eps);
+      normalize(o, options.rms_norm_eps, exchange);
       if (round_each) round_all();
     }
     if (has_rotation) {
@@ -202,7 +242,7 @@ struct RecordStage {
       if (round_each) round_all();
     }
     if (kMayBeHadamard && options.hadamard) {
-      transform_hadamard();
+      transform_hadamard(exchange);
       if (round_each) round_all();
     }
     if (rounds_last && options.rounding == Rounding::kOnce) round_all();

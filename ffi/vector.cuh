@@ -77,15 +77,16 @@ __device__ __forceinline__ void prefetch_l2_if(bool condition, const void* from)
                "r"(static_cast<int>(condition)));
 }
 
-// Starts a copy of 4 bytes into shared memory. A thread waits for the copies that it asked for, in
-// groups: all up to a commit_copies() are one.
-template <class Element>
+// Starts a copy of kSize elements into shared memory: 4, 8 or 16 bytes. A thread waits for the
+// copies that it asked for, in groups: all up to a commit_copies() are one.
+template <int kSize = 1, class Element>
 __device__ __forceinline__ void copy_if(bool condition, Element* to, const Element* from) {
-  static_assert(sizeof(Element) == 4, "copy_if: 4 bytes");
+  constexpr int kBytes = kSize * sizeof(Element);
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "copy_if: 4, 8 or 16 bytes");
   asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %2, 0; @p cp.async.ca.shared.global [%0], [%1], 4; }" ::"r"(
+      "{ .reg .pred p; setp.ne.b32 p, %2, 0; @p cp.async.ca.shared.global [%0], [%1], %3; }" ::"r"(
           static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-      "l"(from), "r"(static_cast<int>(condition))
+      "l"(from), "r"(static_cast<int>(condition)), "n"(kBytes)
       : "memory");
 }
 __device__ __forceinline__ void commit_copies() {
