@@ -27,22 +27,19 @@ void launch_body(cudaStream_t stream, dim3 grid, unsigned cluster, void (*kernel
   if (e != cudaSuccess) { std::printf("launch: %s\n", cudaGetErrorString(e)); std::exit(1); }
 }
 template <class Body>
-void one(cudaStream_t stream, const DecodeRecordsParams& p, RecordFormat f, int windows) {
-  launch_body<Body>(stream, dim3(p.batch * Body::kSlices, windows, p.num_groups), Body::kSlices,
-                    decode_records_kernel<Body>, Body::kThreads, typename Body::Params(p, f));
-}
+typename Body::Params params_of(const DecodeRecordsParams& p, RecordFormat f) { return typename Body::Params(p, RecordParams(p.records, f, Body::D)); }
 template <class Body>
-void one_alone(cudaStream_t stream, const DecodeRecordsParams& p, RecordFormat f, int windows) {
-  launch_body<Body>(stream, dim3(p.batch * Body::kSlices, windows, p.num_groups), 1,
-                    decode_records_kernel<Body>, Body::kThreads, typename Body::Params(p, f));
+void one(cudaStream_t stream, const DecodeRecordsParams& p, RecordFormat f, int windows) {
+  launch_body<Body>(stream, dim3(p.batch * Body::ctas_of(p), windows, p.num_groups), Body::kCluster,
+                    decode_records_kernel<Body>, Body::kThreads, params_of<Body>(p, f));
 }
 template <class A, class B>
 void two(cudaStream_t stream, const DecodeRecordsParams& p, RecordFormat f, const DecodeRecordsParams& q, RecordFormat g, int windows) {
-  constexpr uint32_t cluster = A::kSlices > B::kSlices ? A::kSlices : B::kSlices;
-  const uint32_t na = p.batch * A::kSlices, nb = q.batch * B::kSlices;
+  constexpr uint32_t cluster = A::kCluster > B::kCluster ? A::kCluster : B::kCluster;
+  const uint32_t na = p.batch * A::ctas_of(p), nb = q.batch * B::ctas_of(q);
   auto up = [&](uint32_t n) { return (n + cluster - 1) / cluster * cluster; };
   launch_body<A>(stream, dim3(up(na) + up(nb), windows, 1), cluster, decode_two_records_kernel<A, B>,
-                 std::max(A::kThreads, B::kThreads), typename A::Params(p, f), typename B::Params(q, g), up(na), nb);
+                 std::max(A::kThreads, B::kThreads), params_of<A>(p, f), params_of<B>(q, g), up(na), nb);
 }
 
 struct Case { int head_dim, ratio; bool overlap; };
@@ -140,28 +137,6 @@ void check(const World<K>& w, const char* name, bool hadamard, StateFormat f, vo
   std::printf("  check %-28s bytes written %lld, different %lld, state bytes different %lld\n", name, (long long)written, (long long)diff, (long long)sdiff); std::fflush(stdout);
 }
 
-#ifdef TRACE
-template <class K, class R, class Body>
-void trace(const char* name, StateFormat f, int64_t b, int len, bool hadamard) {
-  const int64_t calls = 200; World<K> w(b, calls, len, R::Layout::kData + R::Layout::kScales);
-  std::vector<std::vector<double>> t(16);
-  for (int64_t i = 1; i < calls; ++i) {
-    auto p = w.params(i, hadamard), q = w.params(i - 1, hadamard);
-    long long zero[16] = {}, got[16];
-    stream_kernel<<<4 * num_sms, 512>>>(vectors(*flush_from), (size_t{256} << 20) / sizeof(float4), nullptr, 0, flush_sink->get());
-    for (int k = 0; k < 3; ++k) one<Body>(0, q, R::kFormat, f == StateFormat::kPrefix ? 1 : p.num_windows);
-    one<Body>(0, p, R::kFormat, f == StateFormat::kPrefix ? 1 : p.num_windows);
-    cudaDeviceSynchronize();
-    cudaMemcpyFromSymbol(got, trace_of, sizeof(got));
-    long long first = got[0]; for (long long g : got) if (g != 0 && g < first) first = g;
-    if (i >= 20) for (int k = 0; k < 16; ++k) if (got[k]) t[k].push_back(got[k] - first);
-    cudaMemcpyToSymbol(trace_of, zero, sizeof(zero));
-  }
-  std::printf("trace %-28s B %lld:", name, (long long)b);
-  for (int k = 0; k < 16; ++k) if (!t[k].empty()) { std::sort(t[k].begin(), t[k].end()); std::printf(" %d: %.0f", k, t[k][t[k].size() / 2]); }
-  std::printf("\n"); std::fflush(stdout);
-}
-#endif
 template <class K, class R, class... Bodies>
 void case_of(const char* name, StateFormat f, int64_t b, int len, bool hadamard, std::vector<const char*> names, bool do_check) {
   const int64_t per_call = b * (f == StateFormat::kPrefix ? 8 : (K::kRatio == 128 ? 128 : 12)) * K::kStateDim * 8;
@@ -173,8 +148,7 @@ void case_of(const char* name, StateFormat f, int64_t b, int len, bool hadamard,
   int j = 0;
   (void)std::initializer_list<int>{([&] {
     const double t = measure(calls, [&](cudaStream_t s, int64_t i) { auto p = w.params(i, hadamard); one<Bodies>(s, p, R::kFormat, f == StateFormat::kPrefix ? 1 : p.num_windows); });
-    std::printf(" %s %6.2f (%+.2f)", names[j], t, t - base); ++j;
-    if (len == 250 && Bodies::kSlices > 1) std::printf(" [no cluster %.2f]", measure(calls, [&](cudaStream_t s, int64_t i) { auto p = w.params(i, hadamard); one_alone<Bodies>(s, p, R::kFormat, f == StateFormat::kPrefix ? 1 : p.num_windows); })); std::fflush(stdout); }(), 0)...};
+    std::printf(" %s %6.2f (%+.2f)", names[j], t, t - base); ++j; std::fflush(stdout); }(), 0)...};
   std::printf("\n");
   if (do_check) { j = 0; World<K> x(b, 4, len, record); (void)std::initializer_list<int>{(check<K, R>(x, names[j++], hadamard, f, [](cudaStream_t s, const DecodeRecordsParams& p, RecordFormat g, int m) { one<Bodies>(s, p, g, std::is_same_v<typename Bodies::Params, typename Bodies::Params> ? (K::kRatio == 2 ? m : 1) : 1); }), 0)...}; }
 }
@@ -197,40 +171,23 @@ int main(int argc, char** argv) {
   using Hca = Kind<512, 128, false>; using Main = Kind<512, 4, true>; using Idx = Kind<128, 4, true>;
   using HC = Cfg<Hca>; using MC = Cfg<Main>; using IC = Cfg<Idx>;
   using R512 = Record<F::kFp8DsMla, 512>; using R128 = Record<F::kFp8Block128, 128>; using RB = Record<F::kBf16, 512>;
-#ifdef TRACE
-  for (int64_t b : {1, 16}) {
-    using H1 = Geometry<4, 32, 2, 1>; using G1 = Geometry<4, 16, 8, 4>; using H2 = Geometry<8, 128, 4, 2>;
-    trace<Hca, R512, PrefixTokenRecords<HC, true, 64>>("hca prefix tok64", P, b, 256, false);
-    trace<Hca, RB, PrefixTokenRecords<HC, true, 64>>("hca prefix tok64 bf16", P, b, 256, false);
-    trace<Hca, R512, PrefixRecords<HC>>("hca prefix many", P, b, 256, false);
-    trace<Hca, R512, PrefixTokenRecords<HC, true, 64>>("hca prefix tok64 none", P, b, 250, false);
-    trace<Main, R512, PrefixTokenRecords<MC, true, 64>>("csa prefix tok64", P, b, 256, false);
-    trace<Idx, R128, PrefixTokenRecords<IC, true, 32>>("indexer prefix tok32", P, b, 256, true);
-    trace<Idx, R128, RawRecords<IC, H1, true, false>>("indexer raw 4/32/2+w", W, b, 256, true);
-    trace<Main, R512, RawRecords<MC, H1, false, false>>("csa raw 4/32/2", W, b, 256, false);
-    trace<Main, R512, RawRecords<MC, H2, false, false>>("csa raw 8/128/4", W, b, 256, false);
-    trace<Hca, R512, RawRecords<HC, G1, false, false>>("hca raw 4/16/8/4", W, b, 256, false);
-    trace<Hca, R512, RawRecords<HC, G1, false, false>>("hca raw 4/16/8/4 none", W, b, 250, false);
-  }
-  return 0;
-#endif
   for (int64_t b : {1, 16, 64, 256}) {
-    using T1 = PrefixTokenRecords<HC, true, 64, 1>; using T3 = PrefixTokenRecords<HC, true, 64, 3>; using TP = PrefixTokenRecords<HC::Plain, true, 64, 1>;
-    case_of<Hca, R512, T1, T3, TP, PrefixRecords<HC>>("hca", P, b, 256, false, {"tok64", "tok64/3", "plain", "many"}, b == 16);
-    case_of<Hca, RB, T1, T3, PrefixRecords<HC>>("hca", P, b, 256, false, {"tok64", "tok64/3", "many"}, b == 16);
-    case_of<Hca, R512, T1, T3, TP, PrefixRecords<HC>>("hca none", P, b, 250, false, {"tok64", "tok64/3", "plain", "many"}, false);
-    using M1 = PrefixTokenRecords<MC, true, 64, 1>; using M3 = PrefixTokenRecords<MC, true, 64, 3>;
-    case_of<Main, R512, M1, M3, PrefixRecords<MC>>("csa", P, b, 256, false, {"tok64", "tok64/3", "many"}, b == 16);
-    case_of<Idx, R128, PrefixTokenRecords<IC, true, 32, 1>, PrefixTokenRecords<IC, true, 64, 1>, PrefixRecords<IC>>("indexer", P, b, 256, true, {"tok32", "tok64", "many"}, b == 16);
-    pair_of<M1, PrefixTokenRecords<IC, true, 64, 1>>("prefix tok", P, b, 256);
-    pair_of<PrefixRecords<MC>, PrefixRecords<IC>>("prefix many", P, b, 256);
-    using G1 = Geometry<4, 16, 8, 4>; using G2 = Geometry<8, 16, 4, 2>; using G3 = Geometry<8, 16, 8, 2>; using G4 = Geometry<8, 64, 8, 2>; using G5 = Geometry<4, 32, 8, 4>; using G6 = Geometry<16, 128, 8, 1>;
-    using A = RawRecords<HC, G1, false, false>; using B = RawRecords<HC, G2, true, false>; using C = RawRecords<HC, G3, false, false>; using D = RawRecords<HC, G4, false, false>; using E = RawRecords<HC, G5, false, false>; using F = RawRecords<HC, G6, false, false>;
-    case_of<Hca, R512, A, B, C, D, E, F>("hca", W, b, 256, false, {"4/16/8/4", "8/16/4/2+w", "8/16/8/2", "8/64/8/2", "4/32/8/4", "16/128/8"}, b == 16);
-    case_of<Hca, R512, A, B, C, D, E, F>("hca none", W, b, 250, false, {"4/16/8/4", "8/16/4/2+w", "8/16/8/2", "8/64/8/2", "4/32/8/4", "16/128/8"}, false);
-    using H1 = Geometry<4, 32, 2, 1>; using H2 = Geometry<8, 128, 4, 2>; using H4 = Geometry<16, 128, 2, 1>; using H5 = Geometry<8, 128, 2, 2>;
-    case_of<Main, R512, RawRecords<MC, H1, true, false>, RawRecords<MC, H1, false, false>, RawRecords<MC, H2, false, false>, RawRecords<MC, H5, false, false>, RawRecords<MC, H4, false, false>>("csa", W, b, 256, false, {"4/32/2+w", "4/32/2", "8/128/4", "8/128/2", "16/128/2"}, b == 16);
-    case_of<Idx, R128, RawRecords<IC, H1, true, false>, RawRecords<IC, H1, false, false>>("indexer", W, b, 256, true, {"4/32/2+w", "4/32/2"}, b == 16);
-    pair_of<RawRecords<MC, H2, false, false>, RawRecords<IC, H1, false, false>>("raw", W, b, 256);
+    using PT = PrefixTokenRecords<HC, true>; using PM = PrefixRecords<HC>; using MT = PrefixTokenRecords<MC, true>; using MM = PrefixRecords<MC>;
+    using IT = PrefixTokenRecords<IC, true>; using IM = PrefixRecords<IC>;
+    case_of<Hca, R512, PT, PM>("hca", P, b, 256, false, {"few", "many"}, b == 16);
+    case_of<Hca, RB, PT, PM>("hca", P, b, 256, false, {"few", "many"}, b == 16);
+    case_of<Hca, R512, PT, PM>("hca none", P, b, 250, false, {"few", "many"}, false);
+    case_of<Main, R512, MT, MM>("csa", P, b, 256, false, {"few", "many"}, b == 16);
+    case_of<Idx, R128, IT, IM>("indexer", P, b, 256, true, {"few", "many"}, b == 16);
+    if (b <= 64) pair_of<MT, IT>("prefix few", P, b, 256);
+    pair_of<MM, IM>("prefix many", P, b, 256);
+    using G1 = Geometry<4, 16, 8, 4>; using G3 = Geometry<8, 16, 8, 2>; using G4 = Geometry<8, 64, 8, 2>; using G5 = Geometry<8, 32, 8, 2>; using G6 = Geometry<16, 128, 8, 1>; using G7 = Geometry<4, 128, 8, 4>;
+    using A = RawRecords<HC, G1, false>; using C = RawRecords<HC, G3, false>; using D = RawRecords<HC, G4, false>; using E = RawRecords<HC, G5, false>; using F = RawRecords<HC, G6, false>;
+    case_of<Hca, R512, A, C, D, E, F>("hca", W, b, 256, false, {"4/16/8/4", "8/16/8/2", "8/64/8/2", "8/32/8/2", "16/128/8"}, b == 16);
+    case_of<Hca, R512, A, C, D, E, F>("hca none", W, b, 250, false, {"4/16/8/4", "8/16/8/2", "8/64/8/2", "8/32/8/2", "16/128/8"}, false);
+    using H1 = Geometry<4, 32, 2, 1>; using H2 = Geometry<8, 128, 4, 1>; using H4 = Geometry<16, 128, 2, 1>; 
+    case_of<Main, R512, RawRecords<MC, H1, false>, RawRecords<MC, H2, false>, RawRecords<MC, H4, false>>("csa", W, b, 256, false, {"4/32/2", "8/128/4", "16/128/2"}, b == 16);
+    case_of<Idx, R128, RawRecords<IC, H1, false>, RawRecords<IC, Geometry<8, 32, 1, 1>, false>, RawRecords<IC, Geometry<4, 32, 1, 1>, false>>("indexer", W, b, 256, true, {"4/32/2", "8/32/1", "4/32/1"}, b == 16);
+    pair_of<RawRecords<MC, H2, false>, RawRecords<IC, H1, false>>("raw", W, b, 256);
   }
 }

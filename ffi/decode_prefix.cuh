@@ -35,15 +35,15 @@ __device__ __forceinline__ int position_of(int first_position, int t) {
 
 // Grid: x = requests x column slices, z = groups. A warp per token and 32 columns. It serves up to
 // kTokens new rows, and few requests only, since later tokens merge again what earlier ones merge.
-// kWaitsAlone: other threads of the CTA take no part in it.
-template <class Config, int kColumns_ = 32, bool kWaitsAlone_ = false>
+template <class Config>
 struct PrefixTokenTile {
   static constexpr int kTokens = 4;
-  static constexpr int kColumns = kColumns_;
-  static constexpr bool kWaitsAlone = kWaitsAlone_;
-  static constexpr int kThreads = kColumns * kTokens;
-  static constexpr int kSlices = Config::kHeadDim / kColumns;
+  static constexpr int kVector = 1;
+  static constexpr int kThreads = 32 * kTokens;
+  static constexpr int kSlices = Config::kHeadDim / 32;
   static constexpr int kHalves = Config::kStateDim / Config::kHeadDim;
+  static constexpr int kFirstHalf = 0;  // of those that are merged
+  static constexpr bool kHasValue = true;
   static constexpr int kEntries = 512;  // of the longest table that is copied
   static constexpr int kWindows = (kTokens + Config::kRatio - 1) / Config::kRatio;  // completed
   static_assert(!Config::kOverlap || kTokens <= Config::kRatio,
@@ -114,6 +114,7 @@ struct PrefixTokenParams {
 template <class Config, bool kStaged, class Tile = PrefixTokenTile<Config>>
 struct PrefixTokenStep {
   using T = Tile;
+  static constexpr int kVector = T::kVector, kFirstHalf = T::kFirstHalf;
   using KvScore = typename Config::KvScore;
   using Out = typename Config::Out;
   static constexpr int R = Config::kRatio, S = Config::kStateDim, D = Config::kHeadDim;
@@ -121,15 +122,18 @@ struct PrefixTokenStep {
 
   struct SharedPlan {
     int32_t kv_table[kStaged ? kEntries : 1], score_table[kStaged ? kEntries : 1];
-    float biases[kTokens][kHalves][T::kThreads];  // a thread reads what it has copied
-    float before_lse[T::kThreads], before_mean[T::kThreads];
+    // A thread reads what it has copied.
+    alignas(16) float biases[kTokens][kHalves - kFirstHalf][T::kThreads * kVector];
+    alignas(16) float before_lse[T::kThreads * kVector], before_mean[T::kThreads * kVector];
   };
 
   const PrefixTokenParams& p;
   SharedPlan& smem;
   const uint32_t index, group = blockIdx.z;
-  const int lane = threadIdx.x % 32, t = threadIdx.x / T::kColumns;
+  const int lane = threadIdx.x % 32;
+  const int at = threadIdx.x * kVector;  // of the thread's part of a shared array
   const int column;
+  int t;
   uint32_t of_group, per_group;
 
   // Set by load_lengths:
@@ -140,7 +144,7 @@ struct PrefixTokenStep {
   bool one_table;
   // by load_new_rows:
   uint32_t layer = 0;
-  NewVector<Config, 1> rows[kTokens][kHalves];
+  NewVector<Config, kVector> rows[kTokens][kHalves];
   float *kv, *score;
   const float* ape;
   // by is_active and look_up_rows:
@@ -148,16 +152,14 @@ struct PrefixTokenStep {
   bool completes;
   uint32_t kv_row, score_row;
   // by load_rows_before:
-  Prefix open[kHalves];
+  Prefix open[kHalves][kVector];
   bool has_before = false;
-  // by merge_new_rows and store_row:
-  Prefix merged[kHalves];
+  // by merge_new_rows and merge_open:
+  Prefix merged[kHalves][kVector];
 
-  __device__ PrefixTokenStep(const PrefixTokenParams& p, SharedPlan& smem, uint32_t block)
-      : p(p),
-        smem(smem),
-        index(block / T::kSlices),
-        column(block % T::kSlices * T::kColumns + threadIdx.x % T::kColumns) {
+  __device__ PrefixTokenStep(const PrefixTokenParams& p, SharedPlan& smem, uint32_t index,
+                             int column, int t)
+      : p(p), smem(smem), index(index), column(column), t(t) {
     of_group = group * p.batch;
     per_group = p.per_group;
     keep_in_registers(of_group, per_group);
@@ -216,9 +218,10 @@ struct PrefixTokenStep {
       const KvScore* const row = kv_score + uint64_t{size} * j;
       const KvScore* const scores = row + (Config::kPlain ? S : p.score_offset);
 #pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        rows[j][half].kv_in.x[0] = load_if(j < p.next_n, row + half * D, KvScore{});
-        rows[j][half].score_in.x[0] = load_if(j < p.next_n, scores + half * D, KvScore{});
+      for (int half = kFirstHalf; half < kHalves; ++half) {
+        using NewRow = Vector<KvScore, kVector>;
+        rows[j][half].kv_in = load_if(j < p.next_n, row + half * D, NewRow{});
+        rows[j][half].score_in = load_if(j < p.next_n, scores + half * D, NewRow{});
       }
     }
     kv = opaque(p.kv + column);
@@ -230,6 +233,14 @@ struct PrefixTokenStep {
   __device__ bool is_active() {
     num_new = min(q_len, p.next_n);
     return min(length, num_new) > 0 && (Config::kPlain || layer < p.num_layers);
+  }
+
+  // Goes to the token that completes the step's window m; false if there is none.
+  __device__ bool find_token(int m) {
+    if (!is_active()) return false;
+    const int window = max(length - num_new, 0) / R + m;
+    t = static_cast<int>((window + 1u) * R - 1 - static_cast<uint32_t>(length - num_new));
+    return window < length / R;
   }
 
   // Lane j looks up the row of token j, and the next lane the row before the step. Where windows
@@ -250,8 +261,8 @@ struct PrefixTokenStep {
     for (int j = 0; j < kTokens; ++j) {
       const uint32_t phase = static_cast<uint32_t>(position_of(first_position, j)) % R;
 #pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        copy_if(p.ape != nullptr, &smem.biases[j][half][threadIdx.x], ape + phase * S + half * D);
+      for (int half = kFirstHalf; half < kHalves; ++half) {
+        copy_if<kVector>(p.ape != nullptr, &smem.biases[j][half - kFirstHalf][at], ape + phase * S + half * D);
       }
     }
     commit_copies();
@@ -263,12 +274,7 @@ struct PrefixTokenStep {
     __syncwarp();
     if constexpr (kStaged) {
       wait_for_copies<1>();
-      // The tables, before any thread looks up a row.
-      if constexpr (T::kWaitsAlone) {
-        wait_at_barrier<T::kThreads>(1);
-      } else {
-        __syncthreads();
-      }
+      __syncthreads();  // the tables, before any thread looks up a row
       const uint32_t entry = min(page, kEntries - 1u);
       const int32_t* const staged_table = one_table ? smem.kv_table : smem.score_table;
       const int32_t staged_kv_page = smem.kv_table[entry];
@@ -292,57 +298,77 @@ struct PrefixTokenStep {
     const uint32_t score_from = __shfl_sync(~0u, score_row, kTokens);
     const bool is_open = begin < first_position && kv_from != kNowhere && score_from != kNowhere;
 #pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
-      open[half].lse = load_if(is_open, score + uint64_t{score_from} * S + half * D, Prefix{}.lse);
-      open[half].mean = load_if(is_open, kv + uint64_t{kv_from} * S + half * D, Prefix{}.mean);
+    for (int half = kFirstHalf; half < kHalves; ++half) {
+      Vector<float, kVector> none_lse, none_mean;
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) none_lse.x[v] = Prefix{}.lse, none_mean.x[v] = Prefix{}.mean;
+      const auto lse = load_if(is_open, score + uint64_t{score_from} * S + half * D, none_lse);
+      const auto mean = load_if(is_open, kv + uint64_t{kv_from} * S + half * D, none_mean);
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) open[half][v] = {lse.x[v], mean.x[v]};
     }
-    if (Config::kOverlap) {
+    if (T::kHasValue && Config::kOverlap) {
       const uint32_t kv_from = __shfl_sync(~0u, kv_row, kTokens + 1);
       const uint32_t score_from = __shfl_sync(~0u, score_row, kTokens + 1);
       has_before = completes && kv_from != kNowhere && score_from != kNowhere;
-      copy_if(has_before, &smem.before_lse[threadIdx.x], score + uint64_t{score_from} * S);
-      copy_if(has_before, &smem.before_mean[threadIdx.x], kv + uint64_t{kv_from} * S);
+      copy_if<kVector>(has_before, &smem.before_lse[at], score + uint64_t{score_from} * S);
+      copy_if<kVector>(has_before, &smem.before_mean[at], kv + uint64_t{kv_from} * S);
       commit_copies();
     }
   }
 
-  // A row that is nowhere merges as one without weight; so does one of another window.
+  // A row that is nowhere merges as one without weight; so does one of another window. kLater: how
+  // often copies were asked for after those of rows before the step.
+  template <int kLater = 0>
   __device__ void merge_new_rows() {
     const uint32_t exist = __ballot_sync(~0u, kv_row != kNowhere && score_row != kNowhere);
     __syncwarp();
-    wait_for_copies<Config::kOverlap ? 1 : 0>();
+    wait_for_copies<(T::kHasValue && Config::kOverlap ? 1 : 0) + kLater>();
 #pragma unroll
     for (int j = 0; j < kTokens; ++j) {
       const bool merges =
           j <= t && position_of(first_position, j) >= begin && (exist >> j & 1) != 0;
 #pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        const float bias = smem.biases[j][half][threadIdx.x];
-        rows[j][half].bias.x[0] = p.ape != nullptr ? bias : -0.0f;
-        const Prefix row{rows[j][half].score().x[0], rows[j][half].kv().x[0]};
-        const Prefix next = merges ? row : Prefix{};
-        merged[half] = j == 0 ? next : merge(merged[half], next);
+      for (int half = kFirstHalf; half < kHalves; ++half) {
+        const auto bias = load<float, kVector>(&smem.biases[j][half - kFirstHalf][at]);
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) {
+          rows[j][half].bias.x[v] = p.ape != nullptr ? bias.x[v] : -0.0f;
+        }
+        const auto score = rows[j][half].score(), kv = rows[j][half].kv();
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) {
+          const Prefix next = merges ? Prefix{score.x[v], kv.x[v]} : Prefix{};
+          merged[half][v] = j == 0 ? next : merge(merged[half][v], next);
+        }
       }
     }
   }
 
-  __device__ void store_row() {
+  __device__ void merge_open() {
+#pragma unroll
+    for (int half = kFirstHalf; half < kHalves; ++half) {
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) merged[half][v] = merge(open[half][v], merged[half][v]);
+    }
+  }
+
+  __device__ void store_row() const {
+    static_assert(kVector == 1 && kFirstHalf == 0, "store_row: a column of both halves");
     const uint32_t kv_to = __shfl_sync(~0u, kv_row, t);
     const uint32_t score_to = __shfl_sync(~0u, score_row, t);
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
-      merged[half] = merge(open[half], merged[half]);
-      if (score_to != kNowhere) score[uint64_t{score_to} * S + half * D] = merged[half].lse;
-      if (kv_to != kNowhere) kv[uint64_t{kv_to} * S + half * D] = merged[half].mean;
+      const Prefix& prefix = merged[half][0];
+      if (score_to != kNowhere) score[uint64_t{score_to} * S + half * D] = prefix.lse;
+      if (kv_to != kNowhere) kv[uint64_t{kv_to} * S + half * D] = prefix.mean;
     }
   }
 
   // Of the window that this token completes.
-  __device__ float value() const {
-    Prefix window = merged[kHalves - 1];
-    if (has_before) {
-      window = merge({smem.before_lse[threadIdx.x], smem.before_mean[threadIdx.x]}, window);
-    }
+  __device__ float value(int v) const {
+    Prefix window = merged[kHalves - 1][v];
+    if (has_before) window = merge({smem.before_lse[at + v], smem.before_mean[at + v]}, window);
     return value_of(window);
   }
   __device__ int window() const {  // which of the step's
@@ -355,7 +381,7 @@ struct PrefixTokenStep {
     const int start = max(first_position, 0);
     if (completes) {
       const int m = window();
-      out()[m * D] = round_to<Out>(value());
+      out()[m * D] = round_to<Out>(value(0));
     }
     if (t == 0 && (T::kWindows > 1 || length / R <= start / R)) {
       store_zeros(T::kWindows == 1 ? 0 : length / R - start / R);
@@ -368,7 +394,9 @@ __global__ void __launch_bounds__(PrefixTokenTile<Config>::kThreads)
     prefix_token_kernel(const __grid_constant__ PrefixTokenParams p) {
   using Step = PrefixTokenStep<Config, kStaged>;
   __shared__ typename Step::SharedPlan smem;
-  Step step(p, smem, blockIdx.x);
+  using T = PrefixTokenTile<Config>;
+  const int slice = blockIdx.x % T::kSlices, lane = threadIdx.x % 32;
+  Step step(p, smem, blockIdx.x / T::kSlices, 32 * slice + lane, threadIdx.x / 32);
   step.load_lengths();
   step.copy_tables();
   step.load_new_rows();
@@ -380,6 +408,7 @@ __global__ void __launch_bounds__(PrefixTokenTile<Config>::kThreads)
   step.look_up_rows();
   step.load_rows_before();
   step.merge_new_rows();
+  step.merge_open();
   step.store_row();
   step.store_value();
 }

@@ -153,7 +153,7 @@ inline constexpr bool kReducersStore = !Config::kOverlap;
 
 // Stores row t of a request by one warp, unless a reducer does. The warp of every R-th row also
 // stores the zeros of one row of the output, if no completed window goes there.
-template <class Config, int kVector>
+template <class Config, int kVector, bool kHasOut = true>
 __device__ void write_row(const ParamsOf<Config>& p, const Request<Config>& r, int t,
                           typename Config::Out* out) {
   using State = typename Config::State;
@@ -161,7 +161,7 @@ __device__ void write_row(const ParamsOf<Config>& p, const Request<Config>& r, i
   constexpr int R = Config::kRatio, S = Config::kStateDim, D = Config::kHeadDim;
   constexpr int kVectors = S / (32 * kVector);  // of a lane
   const int lane = threadIdx.x % 32;
-  if (t % R == 0 && r.first_window + t / R >= r.end_window) {
+  if (kHasOut && t % R == 0 && r.first_window + t / R >= r.end_window) {
     constexpr int kZeros = D / 32;
     store(out + t / R * D + lane * kZeros, Vector<Out, kZeros>{});
   }

@@ -1,10 +1,10 @@
 // A decode step that ends in records, on an NVIDIA GPU: device code only.
 //
-// The CTAs that decode are those of decode_raw.cuh and decode_prefix.cuh; here a window's value goes
-// to one warp instead of memory, and that warp makes the record. It has loaded all but the value by
-// then: the record's page, its row of the table, the weight. Where several CTAs share a value they
-// are a cluster, and each sends its channels into the shared memory of the CTA whose warp it is.
-// Who completes no window pays for a barrier that it does not wait at.
+// The threads that decode are those of decode_raw.cuh and decode_prefix.cuh. A record is made where
+// all of its value is, by a thread for four channels: by a CTA that has all channels of a window, or
+// by one CTA of a cluster, into whose shared memory the others send theirs. What a record needs
+// beside its value is loaded while the value is made. A request that completes no window makes its
+// CTAs do nothing of this.
 
 #pragma once
 
@@ -16,26 +16,37 @@
 #include "decode_raw.cuh"
 #include "decode_records.h"
 #include "record_stage.cuh"
+#include "tuning.h"
 #include "vector.cuh"
 
-#ifdef TRACE
-static __device__ long long trace_of[16];
-#define MARK(n) do { if (threadIdx.x % 32 == 0 && blockIdx.x == 0) { long long c; asm volatile("mov.u64 %0, %%clock64;" : "=l"(c) :: "memory"); trace_of[n] = c; } } while (0)
-#else
-#define MARK(n)
-#endif
 namespace jax_dsv4 {
 
-// What the threads that make a record share: the value, on its way from the CTAs of a cluster, and
-// what else the record needs.
+// What a kernel is given of a record: its format, known at run time.
+struct RecordParams : RecordTarget {
+  RecordFormat format;
+  int data_bytes, scale_bytes;  // of one record
+
+  RecordParams(const RecordTarget& target, RecordFormat format, int64_t head_dim)
+      : RecordTarget(target), format(format) {
+    visit_record(format, head_dim, [&](auto record) {
+      data_bytes = decltype(record)::Layout::kData;
+      scale_bytes = decltype(record)::Layout::kScales;
+    });
+  }
+};
+
+// What the threads that make a record share.
 template <int kHeadDim>
 struct RecordPlan {
   static constexpr int kThreads = kHeadDim / 4, kRotating = kRopeDim / 4;
+  using Stage = RecordStage<kHeadDim, kThreads>;
+
   alignas(16) float value[kHeadDim];
-  alignas(16) float weight[kHeadDim];       // a thread reads what it has copied, here and below
+  // A thread reads what it has copied.
+  alignas(16) float weight[kHeadDim];
   alignas(8) float rotation[kRotating][4];  // of the threads that rotate: two pairs of floats
   int32_t page[kThreads];
-  typename RecordStage<kHeadDim, kThreads>::Exchange exchange;
+  typename Stage::Exchange exchange;
   uint64_t barrier;  // for the value
 };
 
@@ -43,235 +54,255 @@ struct RecordPlan {
 template <int kHeadDim>
 struct RecordMaker {
   using Plan = RecordPlan<kHeadDim>;
-  using Stage = RecordStage<kHeadDim, Plan::kThreads>;
+  using Stage = typename Plan::Stage;
 
-  const RecordTarget& target;
+  const RecordParams& p;
   Plan& plan;
   Stage stage;
-  uint32_t row_of_page;
 
-  __device__ __forceinline__ RecordMaker(const RecordTarget& target, Plan& plan, int thread)
-      : target(target), plan(plan), stage{thread} {}
-
-  __device__ __forceinline__ bool rotates() const {
-    return stage.channel(0) >= kHeadDim - kRopeDim;
-  }
+  __device__ __forceinline__ RecordMaker(const RecordParams& p, Plan& plan, int thread)
+      : p(p), plan(plan), stage{thread} {}
 
   // Starts copies of all that the record of a window needs but its value.
   __device__ __forceinline__ void start(uint32_t group, uint32_t index, uint32_t window,
-                                        uint32_t position) {
-    const int thread = stage.lane;
-    const uint32_t logical = window / target.pool.page_size;
-    row_of_page = window - logical * target.pool.page_size.value;
-    const bool has_position = target.cos_sin == nullptr || position < target.num_positions;
-    const bool may_exist = has_position && logical < target.max_pages;
-    if (!may_exist) plan.page[thread] = -1;
-    copy_if(may_exist, &plan.page[thread],
-            target.tables + uint64_t{group * target.tables_stride + index} * target.max_pages +
-                logical);
-    copy_if<4>(target.norm_weight != nullptr, &plan.weight[stage.channel(0)],
-               target.norm_weight + int64_t{group} * target.weight_stride * kHeadDim +
-                   stage.channel(0));
-    const bool copies = target.cos_sin != nullptr && has_position && rotates();
-    const float* const row = target.cos_sin + (group * target.cos_sin_stride + position) * kRopeDim;
-    const int first = stage.channel(0) % kRopeDim / 2;  // of 32 pairs
-    float* const rotation = plan.rotation[thread % Plan::kRotating];
-    const bool interleaved = target.options.interleaved;
-    copy_if<2>(copies, rotation, row + (interleaved ? 2 * first : first));
-    copy_if<2>(copies, rotation + 2,
-               row + (interleaved ? 2 * first + 2 : first + kRopeDim / 2));
+                                        uint32_t position) const {
+    const uint32_t logical = window / p.pool.page_size;
+    const bool has_position = p.cos_sin == nullptr || position < p.num_positions;
+    const bool may_exist = has_position && logical < p.max_pages;
+    int32_t* const page = &plan.page[stage.lane];
+    if (!may_exist) *page = -1;
+    copy_if(may_exist, page,
+            p.tables + uint64_t{group * p.tables_stride + index} * p.max_pages + logical);
+    const int channel = stage.channel(0);
+    copy_if<4>(p.norm_weight != nullptr, &plan.weight[channel],
+               p.norm_weight + int64_t{group} * p.weight_stride * kHeadDim + channel);
+    const bool rotates =
+        p.cos_sin != nullptr && has_position && channel >= kHeadDim - kRopeDim;
+    const float* const row = p.cos_sin + (group * p.cos_sin_stride + position) * kRopeDim;
+    const int first = channel % kRopeDim / 2;  // of 32 pairs
+    float* const rotation = plan.rotation[stage.lane % Plan::kRotating];
+    const bool interleaved = p.options.interleaved;
+    copy_if<2>(rotates, rotation, row + (interleaved ? 2 * first : first));
+    copy_if<2>(rotates, rotation + 2, row + (interleaved ? 2 * first + 2 : first + kRopeDim / 2));
     commit_copies();
   }
 
-  // Makes the record, once the value is there.
-  __device__ __forceinline__ void finish(uint32_t group, RecordFormat format) {
-    MARK(10);
-    wait_for_copies<0>();
+  // All that the record needs but its value, in registers. Parameters, too: where they are first
+  // used they stop a warp.
+  struct Ready {
     typename Stage::Operands operands;
-    operands.weight[0] = load<float, 4>(&plan.weight[stage.channel(0)]);
-    stage.set_rotation(load<float, 2>(plan.rotation[stage.lane % Plan::kRotating]),
-                       load<float, 2>(plan.rotation[stage.lane % Plan::kRotating] + 2),
-                       target.options.interleaved, operands, 0);
-    stage.take_value(plan.value);
-    stage.transform(operands, target.norm_weight != nullptr, target.cos_sin != nullptr,
-                    target.options, format > RecordFormat::kBf16, &plan.exchange);
-    MARK(11);
-    const RecordPages pages = pages_of(target.pool, group);
+    RecordOptions options;
+    RecordFormat format;
+    bool has_norm, has_rotation, exists, is_16b_aligned;
+    RecordBytes row;
+  };
+
+  // Waits for the copies.
+  __device__ __forceinline__ Ready prepare(uint32_t group, uint32_t window) const {
+    const RecordPages pages = pages_of(p.pool, group);
+    const uint32_t row = window - window / p.pool.page_size * p.pool.page_size.value;
+    wait_for_copies<0>();
     const auto page = static_cast<uint32_t>(plan.page[stage.lane]);
     const bool exists = page < pages.count;
-    store_in(Records{}, format, pages, {exists, exists ? page : 0, exists ? row_of_page : 0});
-    MARK(12);
+    const RecordPlace place = {exists, exists ? page : 0, exists ? row : 0};
+    Ready ready = {{},
+                   p.options,
+                   p.format,
+                   p.norm_weight != nullptr,
+                   p.cos_sin != nullptr,
+                   exists,
+                   p.pool.is_16b_aligned,
+                   RecordBytes(p.pool, pages, place, p.data_bytes, p.scale_bytes)};
+    ready.operands.weight[0] = load<float, 4>(&plan.weight[stage.channel(0)]);
+    const float* const rotation = plan.rotation[stage.lane % Plan::kRotating];
+    stage.set_rotation(load<float, 2>(rotation), load<float, 2>(rotation + 2),
+                       p.options.interleaved, ready.operands, 0);
+    return ready;
+  }
+
+  // Makes the record of the value in `stage`.
+  __device__ __forceinline__ void finish(const Ready& ready) {
+    stage.transform(ready.operands, ready.has_norm, ready.has_rotation, ready.options,
+                    ready.format > RecordFormat::kBf16, &plan.exchange);
+    store_in(Records{}, ready);
   }
 
  private:
   template <class... Compiled>
-  __device__ __forceinline__ void store_in(TypeList<Compiled...>, RecordFormat format,
-                                           const RecordPages& pages,
-                                           const RecordPlace& place) const {
-    (store_if<Compiled>(format, pages, place), ...);
+  __device__ __forceinline__ void store_in(TypeList<Compiled...>, const Ready& ready) const {
+    (store_if<Compiled>(ready), ...);
   }
   template <class Record>
-  __device__ __forceinline__ void store_if(RecordFormat format, const RecordPages& pages,
-                                           const RecordPlace& place) const {
+  __device__ __forceinline__ void store_if(const Ready& ready) const {
     if constexpr (Record::kHeadDim == kHeadDim) {
-      if (format == Record::kFormat) {
-        stage.template store<Record::kFormat>(target.options, place.exists,
-                                              {target.pool, pages, place},
-                                              target.pool.is_16b_aligned);
+      if (ready.format == Record::kFormat) {
+        stage.template store<Record::kFormat>(ready.options, ready.exists, ready.row,
+                                              ready.is_16b_aligned);
       }
     }
   }
 };
 
-// Barriers of a CTA, by number; 0 is __syncthreads', 15 a record's.
-enum CtaBarrier : int { kWorkers = 1, kFull = 2 };
+// A CTA's barriers by number: 0 is __syncthreads', 15 a record's.
+inline constexpr int kAllBarrier = 1;
 
 // ---------------------------------------------------------- prefixes, for few requests
 
-template <class Config, bool kStaged, int kColumns, int kMinCtas_ = 1>
+// Grid: x = requests x (windows, then column slices). A CTA of a window makes its record, and stores
+// no row; those of column slices store the rows.
+template <class Config>
+struct PrefixRowTile : PrefixTokenTile<Config> {
+  static constexpr bool kHasValue = false;
+};
+template <class Config>
+struct PrefixValueTile : PrefixTokenTile<Config> {
+  static constexpr int kVector = 4;
+  static constexpr int kThreads = Config::kHeadDim / kVector;
+  static constexpr int kFirstHalf = PrefixTokenTile<Config>::kHalves - 1;
+};
+
+template <class Config, bool kStaged>
 struct PrefixTokenRecords {
-  using T = PrefixTokenTile<Config, kColumns, true>;
-  using Step = PrefixTokenStep<Config, kStaged, T>;
+  using T = PrefixTokenTile<Config>;
   using Plan = RecordPlan<Config::kHeadDim>;
-  static constexpr int kSlices = T::kSlices, kThreads = T::kThreads + Plan::kThreads;
-  static constexpr int kMinCtas = kMinCtas_;
+  static constexpr int kCtas = T::kWindows + T::kSlices, kCluster = 1;  // of a request
+  static uint32_t ctas_of(const DecodeParams&) { return kCtas; }
+  static constexpr int kThreads = T::kThreads, kMinCtas = 1;
   static constexpr int R = Config::kRatio, D = Config::kHeadDim;
-  static_assert(kSlices >= T::kWindows && kSlices > 1, "a window's record is made in a CTA");
 
   struct Params {
     PrefixTokenParams step;
-    RecordTarget records;
-    RecordFormat format;
+    RecordParams records;
 
-    explicit Params(const DecodeRecordsParams& p, RecordFormat format)
-        : step(p), records(p.records), format(format) {}
+    Params(const DecodeRecordsParams& p, const RecordParams& records) : step(p), records(records) {}
   };
 
-  // CTA m of a request makes the record of window m.
-  static __device__ __forceinline__ void make_record(const Params& p, Plan& plan, uint32_t index,
-                                                     int m) {
-    if (m >= T::kWindows) return;
-    const int thread = threadIdx.x - T::kThreads;
-    MARK(6);
-    if (thread == 0) expect_bytes(&plan.barrier, sizeof(plan.value));
-    __syncwarp();
-    arrive_at_cluster();
-    const PrefixTokenParams& s = p.step;
-    const uint32_t group = blockIdx.z;
-    const auto index_in = [&](PrefixTokenParams::PerGroup operand) {
-      return (s.per_group & operand ? group * s.batch : 0) + index;
-    };
-    const int length = s.kv_lens[index_in(s.kKvLens)];
-    const int q_len = load_if(s.q_lens != nullptr, s.q_lens + index_in(s.kQLens), s.next_n);
-    const uint32_t layer =
-        load_if(s.layer != nullptr, s.layer + (s.per_group & s.kLayer ? group : 0), 0);
-    const int num_new = min(q_len, s.next_n);
-    if (min(length, num_new) <= 0 || layer >= s.num_layers) return;
-    const uint32_t window = max(length - num_new, 0) / R + static_cast<uint32_t>(m);
-    if (window >= static_cast<uint32_t>(length) / R) return;
-    MARK(7);
-    RecordMaker<D> maker(p.records, plan, thread);
-    maker.start(group, index, window, window * R);
-    MARK(9);
-    wait_for_cluster();  // for the barrier
-    wait_for_bytes(&plan.barrier);
-    maker.finish(group, p.format);
-  }
+  using V = PrefixValueTile<Config>;
+  using RowStep = PrefixTokenStep<Config, kStaged, PrefixRowTile<Config>>;
+  using ValueStep = PrefixTokenStep<Config, kStaged, V>;
+  union SharedPlan {
+    typename RowStep::SharedPlan rows;
+    struct {
+      typename ValueStep::SharedPlan step;
+      Plan record;
+    } value;
+  };
 
-  static __device__ __forceinline__ void run(const Params& p, uint32_t block) {
-    __shared__ typename Step::SharedPlan smem;
-    __shared__ Plan plan;
-    const int slice = block % kSlices;
-    if (__builtin_expect(threadIdx.x >= T::kThreads, 0)) {  // out of the others' way
-      if (threadIdx.x < kThreads) make_record(p, plan, block / kSlices, slice);
-      return;
-    }
-    MARK(0);
-    Step step(p.step, smem, block);
+  static __device__ __forceinline__ void store_rows(const Params& p, SharedPlan& smem,
+                                                    uint32_t index, int slice) {
+    RowStep step(p.step, smem.rows, index, 32 * slice + threadIdx.x % 32, threadIdx.x / 32);
     step.load_lengths();
     step.copy_tables();
     step.load_new_rows();
-    MARK(1);
-    arrive_at_cluster();
-    if (!step.is_active()) {
+    if (step.is_active()) {
+      step.look_up_rows();
+      step.load_rows_before();
+      step.merge_new_rows();
+      step.merge_open();
+      step.store_row();
+    }
+    wait_for_copies<0>();
+  }
+
+  static __device__ __forceinline__ void make_record(const Params& p, SharedPlan& smem,
+                                                     uint32_t index, int m) {
+    if (threadIdx.x >= V::kThreads) return;
+    ValueStep step(p.step, smem.value.step, index, threadIdx.x * V::kVector, 0);
+    step.load_lengths();
+    step.copy_tables();
+    step.load_new_rows();
+    if (!step.find_token(m)) {
       wait_for_copies<0>();
       return;
     }
-    MARK(2);
     step.look_up_rows();
     step.load_rows_before();
-    step.merge_new_rows();
-    MARK(3);
-    step.store_row();
-    wait_for_copies<0>();
-    if (!step.completes) return;
-    const float value = step.value();
-    MARK(4);
-    wait_for_cluster();
-    MARK(5);
-    send(&plan.value[step.column], value, &plan.barrier,
-         rank_in_cluster() - slice + step.window());
+    const uint32_t window = static_cast<uint32_t>(step.token) / R;
+    RecordMaker<D> maker(p.records, smem.value.record, threadIdx.x);
+    maker.start(step.group, index, window, window * R);
+    step.template merge_new_rows<1>();
+    step.merge_open();
+    const auto ready = maker.prepare(step.group, window);
+#pragma unroll
+    for (int v = 0; v < V::kVector; ++v) maker.stage.x[0][v] = step.value(v);
+    maker.finish(ready);
+  }
+
+  static __device__ __forceinline__ void run(const Params& p, SharedPlan& smem, uint32_t block) {
+    const uint32_t index = block / kCtas;
+    const int part = block % kCtas;
+    if (threadIdx.x >= kThreads) return;
+    if (part >= T::kWindows) {
+      store_rows(p, smem, index, part - T::kWindows);
+    } else {
+      make_record(p, smem, index, part);
+    }
   }
 };
 
 // --------------------------------------------------------- prefixes, for many requests
 
-// A CTA has all columns of a request, and some of its threads make a record while the others go on:
+// A CTA has all columns of a request; some of its threads make a record while the others go on, with
 // two plans in turn.
 template <class Config>
 struct PrefixRecords {
   using T = PrefixTile<Config, 256>;
   using Step = PrefixStep<Config>;
   using Plan = RecordPlan<Config::kHeadDim>;
-  static constexpr int kSlices = 1, kThreads = T::kThreads, kMinCtas = 2;
+  static constexpr int kCtas = 1, kCluster = 1, kThreads = T::kThreads, kMinCtas = 2;
   static constexpr int R = Config::kRatio, D = Config::kHeadDim;
   static_assert(T::kSlices == 1 && Plan::kThreads <= kThreads, "a CTA has all columns");
+  static uint32_t ctas_of(const DecodeParams&) { return kCtas; }
 
-  struct Params : DecodeRecordsParams {
-    RecordFormat format;
+  struct Params : DecodeParams {
+    RecordParams records;
 
-    explicit Params(const DecodeRecordsParams& p, RecordFormat format)
-        : DecodeRecordsParams(p), format(format) {}
+    Params(const DecodeRecordsParams& p, const RecordParams& records)
+        : DecodeParams(p), records(records) {}
   };
 
-  static __device__ __forceinline__ void run(const Params& p, uint32_t index) {
-    __shared__ Plan plans[2];
+  struct SharedPlan {
+    Plan plans[2];
+  };
+
+  static __device__ __forceinline__ void run(const Params& p, SharedPlan& smem, uint32_t index) {
+    Plan (&plans)[2] = smem.plans;
     if (threadIdx.x >= kThreads) return;
-    MARK(0);
     const uint32_t group = blockIdx.z;
     prefetch_tables(p, group, index);
     const Request<Config> r = request_at<Config>(p, group, index);
     const int column = threadIdx.x * T::kVector;
     Step step(p, r, column);
     step.load_new_rows(0);
-    uint32_t window = r.first_window;
     const bool makes = threadIdx.x < Plan::kThreads;
-    if (makes && r.first_window < r.end_window) {
-      RecordMaker<D>(p.records, plans[0], threadIdx.x).start(group, index, window, window * R);
-    }
+    const auto maker_of = [&](int window) {
+      return RecordMaker<D>(p.records, plans[(window - r.first_window) % 2], threadIdx.x);
+    };
+    int window = r.first_window;
 #pragma unroll 1
     for (int t0 = 0;;) {
-      MARK(1);
       const auto tokens = step.look_up_rows(t0);
-      MARK(2);
-      if (t0 == 0) step.load_rows_before(tokens);
+      if (t0 == 0) {
+        step.load_rows_before(tokens);
+        if (makes && window < r.end_window) {
+          maker_of(window).start(group, index, window, static_cast<uint32_t>(window) * R);
+        }
+      }
       const auto merged = step.merge_new_rows(t0, tokens);
-      MARK(3);
       step.store_rows(merged);
-      MARK(4);
       if (merged.last < Step::kRows) {
-        Plan& plan = plans[(window - r.first_window) % 2];
-        Step::store_value(merged, plan.value + column);
-        wait_at_barrier<kThreads>(kWorkers);
+        Step::store_value(merged, plans[(window - r.first_window) % 2].value + column);
+        auto maker = maker_of(window);
         if (makes) {
-          RecordMaker<D> maker(p.records, plan, threadIdx.x);
-          maker.row_of_page = window - window / p.records.pool.page_size * p.records.pool.page_size.value;
-          maker.finish(group, p.format);
-          Plan& next = plans[(window + 1 - r.first_window) % 2];
-          if (window + 1 < static_cast<uint32_t>(r.end_window)) {
-            RecordMaker<D>(p.records, next, threadIdx.x)
-                .start(group, index, window + 1, (window + 1) * R);
+          const auto ready = maker.prepare(group, window);
+          wait_at_barrier<kThreads>(kAllBarrier);
+          maker.stage.take_value(maker.plan.value);
+          maker.finish(ready);
+          if (window + 1 < r.end_window) {
+            maker_of(window + 1).start(group, index, window + 1, (window + 1u) * R);
           }
+        } else {
+          wait_at_barrier<kThreads>(kAllBarrier);
         }
         ++window;
       }
@@ -283,85 +314,72 @@ struct PrefixRecords {
 
 // ------------------------------------------------------------------------------- raw rows
 
-// kOwnWarps: warps of the first CTA make the record and do nothing else; otherwise those that reduce.
-// kAnyPage: a lane's rows may be on several pages.
-template <class Config, class Geometry, bool kOwnWarps, bool kAnyPage>
+// Grid: x = requests x CTAs, y = windows. Where one CTA reduces all columns of a window, there are
+// others that store the remaining rows; those of a cluster store them themselves, each in its own
+// columns. kAnyPage: a lane's rows may be on several pages.
+template <class Config, class Geometry, bool kAnyPage>
 struct RawRecords {
   using T = Tile<Config, Geometry>;
   using Reducer = WindowReducer<Config, Geometry>;
   using Plan = RecordPlan<Config::kHeadDim>;
-  static constexpr int kSlices = T::kSlices, kThreads = T::kThreads + (kOwnWarps ? Plan::kThreads : 0);
-  static constexpr int kMinCtas = T::kMinCtas;
+  static constexpr int kCluster = T::kSlices, kThreads = T::kThreads, kMinCtas = T::kMinCtas;
   static constexpr int R = Config::kRatio, D = Config::kHeadDim;
-  static_assert(kSlices <= 8, "a cluster has at most 8 CTAs on every chip");
+  static constexpr bool kIsCluster = kCluster > 1;
+  static_assert(kCluster <= 8, "a cluster has at most 8 CTAs on every chip");
+  static_assert(Plan::kThreads <= kThreads, "too few threads for a record");
 
-  struct Params : DecodeRecordsParams {
-    RecordFormat format;
+  static uint32_t ctas_of(const DecodeParams& p) {
+    return kIsCluster ? kCluster : 1 + (p.next_n + Geometry::kWarps - 1) / Geometry::kWarps;
+  }
 
-    explicit Params(const DecodeRecordsParams& p, RecordFormat format)
-        : DecodeRecordsParams(p), format(format) {}
+  struct Params : DecodeParams {
+    RecordParams records;
+    Divisor ctas;  // of a request
+
+    Params(const DecodeRecordsParams& p, const RecordParams& records)
+        : DecodeParams(p), records(records), ctas(ctas_of(p)) {}
   };
 
-  static_assert(kOwnWarps || Plan::kThreads <= kThreads, "too few threads for a record");
+  struct SharedPlan {
+    typename Reducer::SharedPlan rows;
+    Plan record;
+  };
 
-  static __device__ __forceinline__ void run(const Params& p, uint32_t block) {
-    __shared__ typename Reducer::SharedPlan smem;
-    __shared__ Plan plan;
-    const uint32_t index = block / kSlices, group = blockIdx.z;
-    const int slice = block % kSlices;
-    MARK(0);
-    if (!kOwnWarps && threadIdx.x >= kThreads) return;
-    if (kOwnWarps && __builtin_expect(threadIdx.x >= T::kThreads, 0)) {
-      if (slice != 0 || threadIdx.x >= kThreads) return;
-      const int thread = threadIdx.x - T::kThreads;
-      if (kSlices > 1) {
-        if (thread == 0) expect_bytes(&plan.barrier, sizeof(plan.value));
-        __syncwarp();
-        arrive_at_cluster();
-      }
-      const Request<Config> r = request_at<Config>(p, group, index);
-      const int window = r.first_window + blockIdx.y;
-      if (window >= r.end_window) return;
-      RecordMaker<D> maker(p.records, plan, thread);
-      maker.start(group, index, window, static_cast<uint32_t>(window) * R);
-      if (kSlices > 1) {
-        wait_for_cluster();  // for the barrier
-        wait_for_bytes(&plan.barrier);
-      } else {
-        wait_at_barrier<kThreads>(kFull);
-      }
-      maker.finish(group, p.format);
+  static __device__ __forceinline__ void run(const Params& p, SharedPlan& smem, uint32_t block) {
+    Plan& plan = smem.record;
+    if (threadIdx.x >= kThreads) return;
+    const uint32_t index = kIsCluster ? block / kCluster : block / p.ctas, group = blockIdx.z;
+    const int part = block - index * (kIsCluster ? kCluster : p.ctas.value);
+    prefetch_tables(p, group, index);
+    const Request<Config> r = request_at<Config>(p, group, index);
+    if (!kIsCluster && __builtin_expect(part > 0, 0)) {
+      const int t = (part - 1) * Geometry::kWarps + threadIdx.x / 32;
+      if (t < p.next_n && blockIdx.y == 0) write_row<Config, T::kRowVector, false>(p, r, t, nullptr);
       return;
-    }
-    if (!kOwnWarps && kSlices > 1 && slice == 0 && threadIdx.x == 0) {
-      expect_bytes(&plan.barrier, sizeof(plan.value));
-    }
-    prefetch_tables(p, blockIdx.z, index);
-    const Request<Config> r = request_at<Config>(p, blockIdx.z, index);
-    if (kSlices > 1) {
-      __syncwarp();
-      arrive_at_cluster();
     }
     const int window = r.first_window + blockIdx.y;
     const bool completes = window < r.end_window;
-    const int slice_column = slice * T::kColumns;
-    MARK(1);
+    const int slice_column = kIsCluster ? part * T::kColumns : 0;
     Reducer reducer(p, r, window, slice_column);
     auto stored = reducer.look_up_stored_rows();
     const auto new_row = reducer.load_new_row(reducer.row_group);
+    if (!kIsCluster && __builtin_expect(!completes, 0)) return;
     if (!completes) stored.count = 0;
-    const bool makes = !kOwnWarps && slice == 0 && threadIdx.x < Plan::kThreads;
-    RecordMaker<D> maker(p.records, plan, threadIdx.x);
-    if (makes && completes) maker.start(group, index, window, static_cast<uint32_t>(window) * R);
     typename Reducer::Rows rows;
     if constexpr (!kAnyPage) {
       reducer.find_stored_rows(stored);
       rows = reducer.load_rows(stored, 0);
     }
-    MARK(2);
-    if (blockIdx.y == 0) reducer.store_other_rows();
-    MARK(3);
+    if (kIsCluster && blockIdx.y == 0) reducer.store_other_rows();
     if (__builtin_expect(!completes, 0)) return;
+    const bool makes = part == 0 && threadIdx.x < Plan::kThreads;
+    RecordMaker<D> maker(p.records, plan, threadIdx.x);
+    if (makes) maker.start(group, index, window, static_cast<uint32_t>(window) * R);
+    if (kIsCluster) {
+      if (part == 0 && threadIdx.x == 0) expect_bytes(&plan.barrier, sizeof(plan.value));
+      __syncwarp();
+      arrive_at_cluster();
+    }
     reducer.add(new_row);
 #pragma unroll 1
     for (int number = reducer.row_group + T::kRowGroups;; number += T::kRowGroups) {
@@ -380,29 +398,42 @@ struct RawRecords {
         rows = reducer.load_rows(stored, first);
       }
     }
-    MARK(4);
-    const auto wait = [] {
-      wait_at_barrier<T::kThreads>(kWorkers);
-      if (kSlices > 1) wait_for_cluster();
-    };
-    const uint32_t first_rank = kSlices > 1 ? rank_in_cluster() - slice : 0;
-    reducer.merge_row_groups(smem, wait, [&](int c, float value) {
-      float* const to = &plan.value[slice_column + c];
-      if (kSlices > 1) {
-        send(to, value, &plan.barrier, first_rank);
-      } else {
-        *to = value;
+    if constexpr (T::kRowGroups == 1 && T::kVector == 4) {  // a thread has its channels' values
+      const auto ready = maker.prepare(group, window);
+#pragma unroll
+      for (int v = 0; v < 4; ++v) {
+        const float sum = reducer.partial.sum.x[v], weighted = reducer.partial.weighted.x[v];
+        maker.stage.x[0][v] = sum == 0 ? 0.0f : fast_quotient(weighted, sum);
       }
-    });
-    MARK(5);
-    if (kOwnWarps) {
-      if (kSlices == 1) arrive_at_barrier<kThreads>(kFull);
-      return;
+      maker.finish(ready);
+    } else {
+      const auto wait = [] {
+        wait_at_barrier<kThreads>(kAllBarrier);
+        if (kIsCluster) wait_for_cluster();
+      };
+      const uint32_t first_rank = kIsCluster ? rank_in_cluster() - part : 0;
+      reducer.merge_row_groups(smem.rows, wait, [&](int c, float value) {
+        float* const to = &plan.value[slice_column + c];
+        if (kIsCluster) {
+          send(to, value, &plan.barrier, first_rank);
+        } else {
+          *to = value;
+        }
+      });
+      if (!makes && kIsCluster) return;
+      if (!makes) {
+        arrive_at_barrier<kThreads>(kAllBarrier);
+        return;
+      }
+      const auto ready = maker.prepare(group, window);
+      if (kIsCluster) {
+        wait_for_bytes(&plan.barrier);
+      } else {
+        wait_at_barrier<kThreads>(kAllBarrier);
+      }
+      maker.stage.take_value(plan.value);
+      maker.finish(ready);
     }
-    if (kSlices == 1) wait_at_barrier<T::kThreads>(kFull);
-    if (!makes) return;
-    if (kSlices > 1) wait_for_bytes(&plan.barrier);
-    maker.finish(group, p.format);
   }
 };
 
@@ -411,7 +442,8 @@ struct RawRecords {
 template <class Body>
 __global__ void __launch_bounds__(Body::kThreads, Body::kMinCtas)
     decode_records_kernel(const __grid_constant__ typename Body::Params p) {
-  Body::run(p, blockIdx.x);
+  __shared__ typename Body::SharedPlan smem;
+  Body::run(p, smem, blockIdx.x);
 }
 
 // Two compressors of the same requests. The first CTAs are the first one's.
@@ -421,10 +453,14 @@ __global__ void __launch_bounds__(std::max(First::kThreads, Second::kThreads),
     decode_two_records_kernel(const __grid_constant__ typename First::Params first,
                               const __grid_constant__ typename Second::Params second,
                               uint32_t first_ctas, uint32_t second_ctas) {
+  __shared__ union {
+    typename First::SharedPlan first;
+    typename Second::SharedPlan second;
+  } smem;
   if (blockIdx.x < first_ctas) {
-    First::run(first, blockIdx.x);
+    First::run(first, smem.first, blockIdx.x);
   } else if (blockIdx.x - first_ctas < second_ctas) {  // whole clusters are launched
-    Second::run(second, blockIdx.x - first_ctas);
+    Second::run(second, smem.second, blockIdx.x - first_ctas);
   }
 }
 

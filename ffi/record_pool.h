@@ -79,18 +79,24 @@ JAX_DSV4_HD RecordPlace find_place(const RecordPool& pool, const RecordPages& pa
   return {exists, exists ? page : 0, exists ? n - page * pool.page_size.value : 0};
 }
 
-// One record's row on its page.
-template <class Layout>
-struct RecordRow {
+// One record's bytes on its page.
+struct RecordBytes {
   uint8_t* data;
   uint8_t* scales;
 
-  JAX_DSV4_HD RecordRow(const RecordPool& pool, const RecordPages& pages, const RecordPlace& place)
+  // Of so many bytes each in a record.
+  JAX_DSV4_HD RecordBytes(const RecordPool& pool, const RecordPages& pages,
+                          const RecordPlace& place, int data_bytes, int scale_bytes)
       : data(pool.data + (pages.first + place.page) * pool.page_bytes),
-        scales(data + int64_t{pool.page_size.value} * Layout::kData +
-               int64_t{place.row} * Layout::kScales) {
-    data += int64_t{place.row} * Layout::kData;
+        scales(data + int64_t{pool.page_size.value} * data_bytes +
+               int64_t{place.row} * scale_bytes) {
+    data += int64_t{place.row} * data_bytes;
   }
+};
+template <class Layout>
+struct RecordRow : RecordBytes {
+  JAX_DSV4_HD RecordRow(const RecordPool& pool, const RecordPages& pages, const RecordPlace& place)
+      : RecordBytes(pool, pages, place, Layout::kData, Layout::kScales) {}
 };
 
 }  // namespace jax_dsv4

@@ -252,8 +252,7 @@ struct RecordStage {
   // `is_16b_aligned`: of its data, else 4 bytes, as of its scales.
   template <RecordFormat kFormat>
   __device__ __forceinline__ void store(const RecordOptions& options, bool exists,
-                                        const RecordRow<RecordLayout<kFormat, kHeadDim>>& row,
-                                        bool is_16b_aligned) const {
+                                        const RecordBytes& row, bool is_16b_aligned) const {
     using F = RecordFormat;
     using Layout = RecordLayout<kFormat, kHeadDim>;
     float amax[kGroups];

@@ -50,7 +50,8 @@ __global__ void __launch_bounds__(kStoreThreads, 8)
   }
   stage.template transform<kFormat != RecordFormat::kFp8DsMla>(
       operands, p.norm_weight != nullptr, p.table != nullptr, p.options, kIsQuantized<kFormat>);
-  stage.template store<kFormat>(p.options, place.exists, {p.pool, pages, place},
+  stage.template store<kFormat>(p.options, place.exists,
+                                RecordRow<typename Record::Layout>(p.pool, pages, place),
                                 p.pool.is_16b_aligned);
 }
 

@@ -60,6 +60,29 @@ __device__ __forceinline__ Element load_if(bool condition, const Element* from, 
   return u.value;
 }
 
+template <class Element, int kSize>
+__device__ __forceinline__ Vector<Element, kSize> load_if(bool condition, const Element* from,
+                                                          Vector<Element, kSize> otherwise) {
+  if constexpr (kSize == 1) return {load_if(condition, from, otherwise.x[0])};
+  constexpr int kWords = sizeof(otherwise) / 4;
+  static_assert(kSize == 1 || kWords == 2 || kWords == 4, "load_if: 8 or 16 bytes");
+  union {
+    Vector<Element, kSize> value;
+    uint32_t words[kWords > 0 ? kWords : 1];
+  } u{otherwise};
+  if constexpr (kWords == 2) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; @p ld.global.v2.b32 {%0, %1}, [%2]; }"
+                 : "+r"(u.words[0]), "+r"(u.words[1])
+                 : "l"(from), "r"(static_cast<int>(condition)));
+  } else if constexpr (kWords == 4) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %5, 0; @p ld.global.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+        : "+r"(u.words[0]), "+r"(u.words[1]), "+r"(u.words[2]), "+r"(u.words[3])
+        : "l"(from), "r"(static_cast<int>(condition)));
+  }
+  return u.value;
+}
+
 // look_up where `wanted`; elsewhere a page that does not exist.
 __device__ __forceinline__ TableEntry look_up_if(bool wanted, const Paging& paging,
                                                  const int32_t* table, int32_t position) {
