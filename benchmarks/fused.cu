@@ -23,6 +23,7 @@ void launch_body(cudaStream_t stream, dim3 grid, unsigned cluster, void (*kernel
   a[0].id = cudaLaunchAttributeClusterDimension;
   a[0].val.clusterDim.x = cluster; a[0].val.clusterDim.y = 1; a[0].val.clusterDim.z = 1;
   c.attrs = a; c.numAttrs = cluster > 1 ? 1 : 0;
+  if (cluster > 8) cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   cudaError_t e = cudaLaunchKernelEx(&c, kernel, args...);
   if (e != cudaSuccess) { std::printf("launch: %s\n", cudaGetErrorString(e)); std::exit(1); }
 }
@@ -137,6 +138,30 @@ void check(const World<K>& w, const char* name, bool hadamard, StateFormat f, vo
   std::printf("  check %-28s bytes written %lld, different %lld, state bytes different %lld\n", name, (long long)written, (long long)diff, (long long)sdiff); std::fflush(stdout);
 }
 
+#ifdef TRACE
+template <class K, class R, class Body>
+void trace(const char* name, StateFormat f, int64_t b, int len, bool hadamard) {
+  const int64_t calls = 200; World<K> w(b, calls, len, R::Layout::kData + R::Layout::kScales);
+  std::vector<std::vector<double>> t(32);
+  for (int64_t i = 1; i < calls; ++i) {
+    auto p = w.params(i, hadamard), q = w.params(i - 1, hadamard);
+    long long zero[32] = {}, got[32];
+    stream_kernel<<<4 * num_sms, 512>>>(vectors(*flush_from), (size_t{256} << 20) / sizeof(float4), nullptr, 0, flush_sink->get());
+    for (int k = 0; k < 3; ++k) one<Body>(0, q, R::kFormat, f == StateFormat::kPrefix ? 1 : p.num_windows);
+    one<Body>(0, p, R::kFormat, f == StateFormat::kPrefix ? 1 : p.num_windows);
+    cudaDeviceSynchronize();
+    cudaMemcpyFromSymbol(got, trace_of, sizeof(got));
+    long long first = got[0]; for (long long g : got) if (g != 0 && g < first) first = g;
+    if (i >= 20) for (int k = 0; k < 32; ++k) if (got[k]) t[k].push_back(got[k] - first);
+    cudaMemcpyToSymbol(trace_of, zero, sizeof(zero));
+  }
+  std::vector<std::pair<double, int>> order;
+  std::printf("trace %-28s B %lld:", name, (long long)b);
+  for (int k = 0; k < 32; ++k) if (!t[k].empty()) { std::sort(t[k].begin(), t[k].end()); order.push_back({t[k][t[k].size() / 2], k}); }
+  std::sort(order.begin(), order.end()); for (auto [v, k] : order) std::printf(" %d:%.0f", k, v);
+  std::printf("\n"); std::fflush(stdout);
+}
+#endif
 template <class K, class R, class... Bodies>
 void case_of(const char* name, StateFormat f, int64_t b, int len, bool hadamard, std::vector<const char*> names, bool do_check) {
   const int64_t per_call = b * (f == StateFormat::kPrefix ? 8 : (K::kRatio == 128 ? 128 : 12)) * K::kStateDim * 8;
@@ -171,23 +196,36 @@ int main(int argc, char** argv) {
   using Hca = Kind<512, 128, false>; using Main = Kind<512, 4, true>; using Idx = Kind<128, 4, true>;
   using HC = Cfg<Hca>; using MC = Cfg<Main>; using IC = Cfg<Idx>;
   using R512 = Record<F::kFp8DsMla, 512>; using R128 = Record<F::kFp8Block128, 128>; using RB = Record<F::kBf16, 512>;
-  for (int64_t b : {1, 16, 64, 256}) {
+#ifdef TRACE
+  for (int64_t b : {1, 16}) {
+    trace<Hca, R512, PrefixTokenRecords<HC, true>>("hca few", P, b, 256, false);
+    trace<Hca, RB, PrefixTokenRecords<HC, true>>("hca few bf16", P, b, 256, false);
+    trace<Main, R512, PrefixTokenRecords<MC, true>>("csa few", P, b, 256, false);
+    trace<Idx, R128, PrefixTokenRecords<IC, true>>("indexer few", P, b, 256, true);
+  }
+  for (int64_t b : {1, 64, 256}) {
+    trace<Hca, R512, PrefixRecords<HC>>("hca many", P, b, 256, false);
+    trace<Idx, R128, PrefixRecords<IC>>("indexer many", P, b, 256, true);
+  }
+  return 0;
+#endif
+  for (int64_t b : {1, 4, 16, 64, 256}) {
     using PT = PrefixTokenRecords<HC, true>; using PM = PrefixRecords<HC>; using MT = PrefixTokenRecords<MC, true>; using MM = PrefixRecords<MC>;
     using IT = PrefixTokenRecords<IC, true>; using IM = PrefixRecords<IC>;
     case_of<Hca, R512, PT, PM>("hca", P, b, 256, false, {"few", "many"}, b == 16);
     case_of<Hca, RB, PT, PM>("hca", P, b, 256, false, {"few", "many"}, b == 16);
-    case_of<Hca, R512, PT, PM>("hca none", P, b, 250, false, {"few", "many"}, false);
     case_of<Main, R512, MT, MM>("csa", P, b, 256, false, {"few", "many"}, b == 16);
     case_of<Idx, R128, IT, IM>("indexer", P, b, 256, true, {"few", "many"}, b == 16);
+    case_of<Idx, Record<F::kMxfp4, 128>, IT, IM>("indexer", P, b, 256, true, {"few", "many"}, b == 16);
     if (b <= 64) pair_of<MT, IT>("prefix few", P, b, 256);
     pair_of<MM, IM>("prefix many", P, b, 256);
-    using G1 = Geometry<4, 16, 8, 4>; using G3 = Geometry<8, 16, 8, 2>; using G4 = Geometry<8, 64, 8, 2>; using G5 = Geometry<8, 32, 8, 2>; using G6 = Geometry<16, 128, 8, 1>; using G7 = Geometry<4, 128, 8, 4>;
-    using A = RawRecords<HC, G1, false>; using C = RawRecords<HC, G3, false>; using D = RawRecords<HC, G4, false>; using E = RawRecords<HC, G5, false>; using F = RawRecords<HC, G6, false>;
-    case_of<Hca, R512, A, C, D, E, F>("hca", W, b, 256, false, {"4/16/8/4", "8/16/8/2", "8/64/8/2", "8/32/8/2", "16/128/8"}, b == 16);
-    case_of<Hca, R512, A, C, D, E, F>("hca none", W, b, 250, false, {"4/16/8/4", "8/16/8/2", "8/64/8/2", "8/32/8/2", "16/128/8"}, false);
-    using H1 = Geometry<4, 32, 2, 1>; using H2 = Geometry<8, 128, 4, 1>; using H4 = Geometry<16, 128, 2, 1>; 
-    case_of<Main, R512, RawRecords<MC, H1, false>, RawRecords<MC, H2, false>, RawRecords<MC, H4, false>>("csa", W, b, 256, false, {"4/32/2", "8/128/4", "16/128/2"}, b == 16);
-    case_of<Idx, R128, RawRecords<IC, H1, false>, RawRecords<IC, Geometry<8, 32, 1, 1>, false>, RawRecords<IC, Geometry<4, 32, 1, 1>, false>>("indexer", W, b, 256, true, {"4/32/2", "8/32/1", "4/32/1"}, b == 16);
+    using G0 = Geometry<8, 8, 4, 3>; using G1 = Geometry<4, 16, 8, 4>; using G3 = Geometry<8, 16, 8, 2>; using G4 = Geometry<8, 64, 8, 2>; using G6 = Geometry<16, 128, 8, 1>; using G7 = Geometry<16, 128, 4, 1>;
+    using Z = RawRecords<HC, G0, false>; using A = RawRecords<HC, G1, false>; using C = RawRecords<HC, G3, false>; using D = RawRecords<HC, G4, false>; using F = RawRecords<HC, G6, false>; using G = RawRecords<HC, G7, false>;
+    case_of<Hca, R512, Z, A, C, D, F, G>("hca", W, b, 256, false, {"8/8/4/3", "4/16/8/4", "8/16/8/2", "8/64/8/2", "16/128/8", "16/128/4"}, b == 16);
+    case_of<Hca, R512, Z, A>("hca none", W, b, 250, false, {"8/8/4/3", "4/16/8/4"}, false);
+    using H2 = Geometry<8, 128, 4, 1>; using H4 = Geometry<16, 128, 2, 1>;  using H1 = Geometry<4, 32, 2, 1>;
+    case_of<Main, R512, RawRecords<MC, H2, false>, RawRecords<MC, H4, false>>("csa", W, b, 256, false, {"8/128/4", "16/128/2"}, b == 16);
+    case_of<Idx, R128, RawRecords<IC, H1, false>>("indexer", W, b, 256, true, {"4/32/2"}, b == 16);
     pair_of<RawRecords<MC, H2, false>, RawRecords<IC, H1, false>>("raw", W, b, 256);
   }
 }

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "config.h"
 #include "decode_prefix.cuh"
@@ -34,6 +35,12 @@ struct RecordParams : RecordTarget {
     });
   }
 };
+
+template <class Record, class List>
+inline constexpr bool kIsCompiledRecord = false;
+template <class Record, class... Compiled>
+inline constexpr bool kIsCompiledRecord<Record, TypeList<Compiled...>> =
+    (std::is_same_v<Record, Compiled> || ...);
 
 // What the threads that make a record share.
 template <int kHeadDim>
@@ -87,32 +94,46 @@ struct RecordMaker {
     commit_copies();
   }
 
-  // All that the record needs but its value, in registers. Parameters, too: where they are first
-  // used they stop a warp.
+  // All that the record needs but its value, in registers: where a parameter is first used, it may
+  // stop the warp.
   struct Ready {
     typename Stage::Operands operands;
-    RecordOptions options;
-    RecordFormat format;
-    bool has_norm, has_rotation, exists, is_16b_aligned;
     RecordBytes row;
+    float eps;
+    uint32_t flags;
+  };
+  enum Flag : uint32_t {
+    kFormat = 0xf,  // the format's value
+    kRounding = 0x30,
+    kScales = 0xc0,
+    kHasNorm = 0x100,
+    kHasRotation = 0x200,
+    kHadamard = 0x400,
+    kScaleFloor = 0x800,
+    kExists = 0x1000,
+    kIsAligned = 0x2000,
   };
 
   // Waits for the copies.
   __device__ __forceinline__ Ready prepare(uint32_t group, uint32_t window) const {
     const RecordPages pages = pages_of(p.pool, group);
     const uint32_t row = window - window / p.pool.page_size * p.pool.page_size.value;
+    float eps = p.options.rms_norm_eps;
+    uint32_t flags = static_cast<uint32_t>(p.format) |
+                     static_cast<uint32_t>(p.options.rounding) << 4 |
+                     static_cast<uint32_t>(p.options.scales) << 6 |
+                     (p.norm_weight != nullptr ? kHasNorm : 0) |
+                     (p.cos_sin != nullptr ? kHasRotation : 0) |
+                     (p.options.hadamard ? kHadamard : 0) |
+                     (p.options.scale_floor ? kScaleFloor : 0) |
+                     (p.pool.is_16b_aligned ? kIsAligned : 0);
+    asm volatile("" : "+r"(flags), "+f"(eps));
     wait_for_copies<0>();
     const auto page = static_cast<uint32_t>(plan.page[stage.lane]);
     const bool exists = page < pages.count;
     const RecordPlace place = {exists, exists ? page : 0, exists ? row : 0};
-    Ready ready = {{},
-                   p.options,
-                   p.format,
-                   p.norm_weight != nullptr,
-                   p.cos_sin != nullptr,
-                   exists,
-                   p.pool.is_16b_aligned,
-                   RecordBytes(p.pool, pages, place, p.data_bytes, p.scale_bytes)};
+    Ready ready = {{}, RecordBytes(p.pool, pages, place, p.data_bytes, p.scale_bytes), eps,
+                   flags | (exists ? kExists : 0)};
     ready.operands.weight[0] = load<float, 4>(&plan.weight[stage.channel(0)]);
     const float* const rotation = plan.rotation[stage.lane % Plan::kRotating];
     stage.set_rotation(load<float, 2>(rotation), load<float, 2>(rotation + 2),
@@ -122,23 +143,31 @@ struct RecordMaker {
 
   // Makes the record of the value in `stage`.
   __device__ __forceinline__ void finish(const Ready& ready) {
-    stage.transform(ready.operands, ready.has_norm, ready.has_rotation, ready.options,
-                    ready.format > RecordFormat::kBf16, &plan.exchange);
-    store_in(Records{}, ready);
-  }
-
- private:
-  template <class... Compiled>
-  __device__ __forceinline__ void store_in(TypeList<Compiled...>, const Ready& ready) const {
-    (store_if<Compiled>(ready), ...);
-  }
-  template <class Record>
-  __device__ __forceinline__ void store_if(const Ready& ready) const {
-    if constexpr (Record::kHeadDim == kHeadDim) {
-      if (ready.format == Record::kFormat) {
-        stage.template store<Record::kFormat>(ready.options, ready.exists, ready.row,
-                                              ready.is_16b_aligned);
+    const auto has = [&](Flag flag) { return (ready.flags & flag) != 0; };
+    RecordOptions options = {};
+    options.rms_norm_eps = ready.eps;
+    options.rounding = static_cast<Rounding>((ready.flags & kRounding) >> 4);
+    options.scales = static_cast<Scales>((ready.flags & kScales) >> 6);
+    options.hadamard = has(kHadamard);
+    options.scale_floor = has(kScaleFloor);
+    const auto format = static_cast<RecordFormat>(ready.flags & kFormat);
+    stage.transform(ready.operands, has(kHasNorm), has(kHasRotation), options,
+                    format > RecordFormat::kBf16, &plan.exchange);
+    MARK(8);
+    const auto store_in = [&](auto record) {
+      using Record = decltype(record);
+      if constexpr (kIsCompiledRecord<Record, Records>) {
+        stage.template store<Record::kFormat>(options, has(kExists), ready.row, has(kIsAligned));
       }
+    };
+    using F = RecordFormat;
+    switch (format) {
+      case F::kF32: return store_in(Record<F::kF32, kHeadDim>{});
+      case F::kBf16: return store_in(Record<F::kBf16, kHeadDim>{});
+      case F::kFp8: return store_in(Record<F::kFp8, kHeadDim>{});
+      case F::kFp8DsMla: return store_in(Record<F::kFp8DsMla, kHeadDim>{});
+      case F::kFp8Block128: return store_in(Record<F::kFp8Block128, kHeadDim>{});
+      case F::kMxfp4: return store_in(Record<F::kMxfp4, kHeadDim>{});
     }
   }
 };
@@ -207,25 +236,33 @@ struct PrefixTokenRecords {
   static __device__ __forceinline__ void make_record(const Params& p, SharedPlan& smem,
                                                      uint32_t index, int m) {
     if (threadIdx.x >= V::kThreads) return;
+    MARK(0);
     ValueStep step(p.step, smem.value.step, index, threadIdx.x * V::kVector, 0);
     step.load_lengths();
     step.copy_tables();
     step.load_new_rows();
+    MARK(1);
     if (!step.find_token(m)) {
       wait_for_copies<0>();
       return;
     }
+    MARK(2);
     step.look_up_rows();
     step.load_rows_before();
     const uint32_t window = static_cast<uint32_t>(step.token) / R;
     RecordMaker<D> maker(p.records, smem.value.record, threadIdx.x);
     maker.start(step.group, index, window, window * R);
+    MARK(3);
     step.template merge_new_rows<1>();
-    step.merge_open();
+    MARK(4);
     const auto ready = maker.prepare(step.group, window);
+    MARK(5);
+    step.merge_open();
 #pragma unroll
     for (int v = 0; v < V::kVector; ++v) maker.stage.x[0][v] = step.value(v);
+    MARK(6);
     maker.finish(ready);
+    MARK(9);
   }
 
   static __device__ __forceinline__ void run(const Params& p, SharedPlan& smem, uint32_t block) {
@@ -267,6 +304,7 @@ struct PrefixRecords {
 
   static __device__ __forceinline__ void run(const Params& p, SharedPlan& smem, uint32_t index) {
     Plan (&plans)[2] = smem.plans;
+    MARK(0);
     if (threadIdx.x >= kThreads) return;
     const uint32_t group = blockIdx.z;
     prefetch_tables(p, group, index);
@@ -288,16 +326,22 @@ struct PrefixRecords {
           maker_of(window).start(group, index, window, static_cast<uint32_t>(window) * R);
         }
       }
+      MARK(1);
       const auto merged = step.merge_new_rows(t0, tokens);
+      MARK(2);
       step.store_rows(merged);
       if (merged.last < Step::kRows) {
         Step::store_value(merged, plans[(window - r.first_window) % 2].value + column);
         auto maker = maker_of(window);
         if (makes) {
+          MARK(3);
           const auto ready = maker.prepare(group, window);
+          MARK(4);
           wait_at_barrier<kThreads>(kAllBarrier);
+          MARK(5);
           maker.stage.take_value(maker.plan.value);
           maker.finish(ready);
+          MARK(9);
           if (window + 1 < r.end_window) {
             maker_of(window + 1).start(group, index, window + 1, (window + 1u) * R);
           }
@@ -325,7 +369,7 @@ struct RawRecords {
   static constexpr int kCluster = T::kSlices, kThreads = T::kThreads, kMinCtas = T::kMinCtas;
   static constexpr int R = Config::kRatio, D = Config::kHeadDim;
   static constexpr bool kIsCluster = kCluster > 1;
-  static_assert(kCluster <= 8, "a cluster has at most 8 CTAs on every chip");
+  static_assert(kCluster <= 16, "a cluster has at most 16 CTAs");
   static_assert(Plan::kThreads <= kThreads, "too few threads for a record");
 
   static uint32_t ctas_of(const DecodeParams& p) {
@@ -457,6 +501,7 @@ __global__ void __launch_bounds__(std::max(First::kThreads, Second::kThreads),
     typename First::SharedPlan first;
     typename Second::SharedPlan second;
   } smem;
+  MARK(15);
   if (blockIdx.x < first_ctas) {
     First::run(first, smem.first, blockIdx.x);
   } else if (blockIdx.x - first_ctas < second_ctas) {  // whole clusters are launched

@@ -74,11 +74,23 @@ JAX_DSV4_HD float float_of(uint32_t bits) {
 JAX_DSV4_HD bool is_nan(float x) { return (bits_of(x) & 0x7fffffffu) > 0x7f800000u; }
 JAX_DSV4_HD float to_bf16_and_back(float x) { return to_f32(round_to<bf16>(x)); }
 
-JAX_DSV4_HD float exact_quotient(float x, float y) {
+// x / 448, correctly rounded, where the quotient is normal (Markstein, 1990: the residual of a
+// product with the rounded reciprocal is exact, and its own product corrects the last place).
+JAX_DSV4_HD float quotient_by_448(float x) {
 #ifdef __CUDA_ARCH__
-  return __fdiv_rn(x, y);
+  constexpr float kReciprocal = 1.0f / 448.0f;
+  const float quotient = x * kReciprocal;
+  return fmaf(fmaf(-quotient, 448.0f, x), kReciprocal, quotient);
 #else
-  return x / y;
+  return x / 448.0f;
+#endif
+}
+
+JAX_DSV4_HD float exact_reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+  return __frcp_rn(x);
+#else
+  return 1.0f / x;
 #endif
 }
 
@@ -162,8 +174,9 @@ template <RecordFormat kFormat>
 JAX_DSV4_HD BlockScale scale_of(float amax, const RecordOptions& options) {
   amax = amax < kMaxFloat ? amax : kMaxFloat;
   if (kFormat == RecordFormat::kFp8Block128 && options.scales == Scales::kF32) {
-    const float scale = exact_quotient(amax, kMaxE4m3);
-    return {0, scale, exact_quotient(1.0f, scale)};
+    static_assert(kMaxE4m3 == 448.0f, "the scale's divisor");
+    const float scale = quotient_by_448(amax);
+    return {0, scale, exact_reciprocal(scale)};
   }
   constexpr int32_t kLeastExponent = 127 - 13;
   int32_t exponent = exponent_above<kFormat>(amax);

@@ -12,6 +12,12 @@
 #include "record_pool.h"
 #include "vector.cuh"
 
+#ifdef TRACE
+static __device__ long long trace_of[32];
+#define MARK(n) do { if (threadIdx.x % 32 == 0 && blockIdx.x == 0) { long long c; asm volatile("mov.u64 %0, %%clock64;" : "=l"(c) :: "memory"); trace_of[n] = c; } } while (0)
+#else
+#define MARK(n)
+#endif
 namespace jax_dsv4 {
 
 inline constexpr uint32_t kWholeWarp = ~0u;
@@ -33,6 +39,15 @@ __device__ __forceinline__ uint32_t to_e4m3x4(const float (&x)[4], float factor)
   for (int v = 0; v < 4; ++v) word |= to_e4m3(x[v] * factor) << 8 * v;
   return word;
 #endif
+}
+
+// 1 / sqrt(x) for x >= 0, within an ulp: the chip's own, and one step of Newton's. That has no
+// meaning for 0 and infinity.
+__device__ __forceinline__ float inverse_root(float x) {
+  float y;
+  asm("rsqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  const float better = y * fmaf(-0.5f * x * y, y, 1.5f);
+  return better == better ? better : y;
 }
 
 // A value is in kLanes lanes, which call everything together: of a warp, with the warp's others, or
@@ -163,7 +178,7 @@ struct RecordStage {
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum += exchange->sums[w];
     }
-    const float factor = __frsqrt_rn(sum / kHeadDim + eps);
+    const float factor = inverse_root(sum / kHeadDim + eps);
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
 #pragma unroll
