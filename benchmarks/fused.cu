@@ -185,7 +185,7 @@ void pair_of(const char* name, StateFormat f, int64_t b, int len) {
   World<K> w(b, calls, len, 584); World<L> v(b, calls, len, 132);
   const double alone = measure(calls, [&](cudaStream_t s, int64_t i) { auto p = w.params(i, false); one<A>(s, p, RecordFormat::kFp8DsMla, 1); });
   const double both = measure(calls, [&](cudaStream_t s, int64_t i) { auto p = w.params(i, false); auto q = v.params(i, true);
-    two<A, B>(s, p, RecordFormat::kFp8DsMla, q, RecordFormat::kFp8Block128, 1); });
+    two<B, A>(s, q, RecordFormat::kFp8Block128, p, RecordFormat::kFp8DsMla, 1); });
   std::printf("pair %-18s B %4lld main alone %6.2f both %6.2f (%+.2f)\n", name, (long long)b, alone, both, both - alone); std::fflush(stdout);
 }
 
@@ -196,36 +196,16 @@ int main(int argc, char** argv) {
   using Hca = Kind<512, 128, false>; using Main = Kind<512, 4, true>; using Idx = Kind<128, 4, true>;
   using HC = Cfg<Hca>; using MC = Cfg<Main>; using IC = Cfg<Idx>;
   using R512 = Record<F::kFp8DsMla, 512>; using R128 = Record<F::kFp8Block128, 128>; using RB = Record<F::kBf16, 512>;
-#ifdef TRACE
-  for (int64_t b : {1, 16}) {
-    trace<Hca, R512, PrefixTokenRecords<HC, true>>("hca few", P, b, 256, false);
-    trace<Hca, RB, PrefixTokenRecords<HC, true>>("hca few bf16", P, b, 256, false);
-    trace<Main, R512, PrefixTokenRecords<MC, true>>("csa few", P, b, 256, false);
-    trace<Idx, R128, PrefixTokenRecords<IC, true>>("indexer few", P, b, 256, true);
-  }
-  for (int64_t b : {1, 64, 256}) {
-    trace<Hca, R512, PrefixRecords<HC>>("hca many", P, b, 256, false);
-    trace<Idx, R128, PrefixRecords<IC>>("indexer many", P, b, 256, true);
-  }
-  return 0;
-#endif
-  for (int64_t b : {1, 4, 16, 64, 256}) {
-    using PT = PrefixTokenRecords<HC, true>; using PM = PrefixRecords<HC>; using MT = PrefixTokenRecords<MC, true>; using MM = PrefixRecords<MC>;
-    using IT = PrefixTokenRecords<IC, true>; using IM = PrefixRecords<IC>;
-    case_of<Hca, R512, PT, PM>("hca", P, b, 256, false, {"few", "many"}, b == 16);
-    case_of<Hca, RB, PT, PM>("hca", P, b, 256, false, {"few", "many"}, b == 16);
-    case_of<Main, R512, MT, MM>("csa", P, b, 256, false, {"few", "many"}, b == 16);
-    case_of<Idx, R128, IT, IM>("indexer", P, b, 256, true, {"few", "many"}, b == 16);
-    case_of<Idx, Record<F::kMxfp4, 128>, IT, IM>("indexer", P, b, 256, true, {"few", "many"}, b == 16);
-    if (b <= 64) pair_of<MT, IT>("prefix few", P, b, 256);
-    pair_of<MM, IM>("prefix many", P, b, 256);
-    using G0 = Geometry<8, 8, 4, 3>; using G1 = Geometry<4, 16, 8, 4>; using G3 = Geometry<8, 16, 8, 2>; using G4 = Geometry<8, 64, 8, 2>; using G6 = Geometry<16, 128, 8, 1>; using G7 = Geometry<16, 128, 4, 1>;
-    using Z = RawRecords<HC, G0, false>; using A = RawRecords<HC, G1, false>; using C = RawRecords<HC, G3, false>; using D = RawRecords<HC, G4, false>; using F = RawRecords<HC, G6, false>; using G = RawRecords<HC, G7, false>;
-    case_of<Hca, R512, Z, A, C, D, F, G>("hca", W, b, 256, false, {"8/8/4/3", "4/16/8/4", "8/16/8/2", "8/64/8/2", "16/128/8", "16/128/4"}, b == 16);
-    case_of<Hca, R512, Z, A>("hca none", W, b, 250, false, {"8/8/4/3", "4/16/8/4"}, false);
-    using H2 = Geometry<8, 128, 4, 1>; using H4 = Geometry<16, 128, 2, 1>;  using H1 = Geometry<4, 32, 2, 1>;
-    case_of<Main, R512, RawRecords<MC, H2, false>, RawRecords<MC, H4, false>>("csa", W, b, 256, false, {"8/128/4", "16/128/2"}, b == 16);
-    case_of<Idx, R128, RawRecords<IC, H1, false>>("indexer", W, b, 256, true, {"4/32/2"}, b == 16);
-    pair_of<RawRecords<MC, H2, false>, RawRecords<IC, H1, false>>("raw", W, b, 256);
+  for (int64_t b : {1, 16, 64, 256}) {
+    using P1 = PrefixTokenRecords<HC, true, 1>; using P2 = PrefixTokenRecords<HC, true, 2>; using P4 = PrefixTokenRecords<HC, true, 4>; using PM = PrefixRecords<HC>;
+    using M1 = PrefixTokenRecords<MC, true, 1>; using M2 = PrefixTokenRecords<MC, true, 2>; using M4 = PrefixTokenRecords<MC, true, 4>; using MM = PrefixRecords<MC>;
+    using I1 = PrefixTokenRecords<IC, true, 1>; using I2 = PrefixTokenRecords<IC, true, 2>; using I4 = PrefixTokenRecords<IC, true, 4>; using IM = PrefixRecords<IC>;
+    case_of<Hca, R512, P1, P2, P4, PM>("hca", P, b, 256, false, {"few1", "few2", "few4", "many"}, b == 16);
+    case_of<Hca, R512, P1, P2, P4, PM>("hca none", P, b, 250, false, {"few1", "few2", "few4", "many"}, false);
+    case_of<Main, R512, M1, M2, M4, MM>("csa", P, b, 256, false, {"few1", "few2", "few4", "many"}, b == 16);
+    case_of<Idx, R128, I1, I2, I4, IM>("indexer", P, b, 256, true, {"few1", "few2", "few4", "many"}, b == 16);
+    pair_of<M2, I2>("few2", P, b, 256);
+    pair_of<M4, I4>("few4", P, b, 256);
+    pair_of<M2, I4>("few24", P, b, 256);
   }
 }

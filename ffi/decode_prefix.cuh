@@ -354,14 +354,19 @@ struct PrefixTokenStep {
   }
 
   __device__ void store_row() const {
-    static_assert(kVector == 1 && kFirstHalf == 0, "store_row: a column of both halves");
+    static_assert(kFirstHalf == 0, "store_row: both halves");
     const uint32_t kv_to = __shfl_sync(~0u, kv_row, t);
     const uint32_t score_to = __shfl_sync(~0u, score_row, t);
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
-      const Prefix& prefix = merged[half][0];
-      if (score_to != kNowhere) score[uint64_t{score_to} * S + half * D] = prefix.lse;
-      if (kv_to != kNowhere) kv[uint64_t{kv_to} * S + half * D] = prefix.mean;
+      Vector<float, kVector> lse, mean;
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) {
+        lse.x[v] = merged[half][v].lse;
+        mean.x[v] = merged[half][v].mean;
+      }
+      if (score_to != kNowhere) store(score + uint64_t{score_to} * S + half * D, lse);
+      if (kv_to != kNowhere) store(kv + uint64_t{kv_to} * S + half * D, mean);
     }
   }
 

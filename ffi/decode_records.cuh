@@ -179,8 +179,10 @@ inline constexpr int kAllBarrier = 1;
 
 // Grid: x = requests x (windows, then column slices). A CTA of a window makes its record, and stores
 // no row; those of column slices store the rows.
-template <class Config>
+template <class Config, int kRowVector>
 struct PrefixRowTile : PrefixTokenTile<Config> {
+  static constexpr int kVector = kRowVector;
+  static constexpr int kSlices = Config::kHeadDim / (32 * kVector);
   static constexpr bool kHasValue = false;
 };
 template <class Config>
@@ -190,9 +192,9 @@ struct PrefixValueTile : PrefixTokenTile<Config> {
   static constexpr int kFirstHalf = PrefixTokenTile<Config>::kHalves - 1;
 };
 
-template <class Config, bool kStaged>
+template <class Config, bool kStaged, int kRowVector>
 struct PrefixTokenRecords {
-  using T = PrefixTokenTile<Config>;
+  using T = PrefixRowTile<Config, kRowVector>;
   using Plan = RecordPlan<Config::kHeadDim>;
   static constexpr int kCtas = T::kWindows + T::kSlices, kCluster = 1;  // of a request
   static uint32_t ctas_of(const DecodeParams&) { return kCtas; }
@@ -207,7 +209,7 @@ struct PrefixTokenRecords {
   };
 
   using V = PrefixValueTile<Config>;
-  using RowStep = PrefixTokenStep<Config, kStaged, PrefixRowTile<Config>>;
+  using RowStep = PrefixTokenStep<Config, kStaged, T>;
   using ValueStep = PrefixTokenStep<Config, kStaged, V>;
   union SharedPlan {
     typename RowStep::SharedPlan rows;
@@ -219,7 +221,8 @@ struct PrefixTokenRecords {
 
   static __device__ __forceinline__ void store_rows(const Params& p, SharedPlan& smem,
                                                     uint32_t index, int slice) {
-    RowStep step(p.step, smem.rows, index, 32 * slice + threadIdx.x % 32, threadIdx.x / 32);
+    RowStep step(p.step, smem.rows, index, (32 * slice + threadIdx.x % 32) * T::kVector,
+                 threadIdx.x / 32);
     step.load_lengths();
     step.copy_tables();
     step.load_new_rows();
@@ -266,13 +269,13 @@ struct PrefixTokenRecords {
   }
 
   static __device__ __forceinline__ void run(const Params& p, SharedPlan& smem, uint32_t block) {
-    const uint32_t index = block / kCtas;
-    const int part = block % kCtas;
+    // Records take the longest: their CTAs come first.
+    const uint32_t makers = p.step.batch * T::kWindows;
     if (threadIdx.x >= kThreads) return;
-    if (part >= T::kWindows) {
-      store_rows(p, smem, index, part - T::kWindows);
+    if (block >= makers) {
+      store_rows(p, smem, (block - makers) / T::kSlices, (block - makers) % T::kSlices);
     } else {
-      make_record(p, smem, index, part);
+      make_record(p, smem, block / T::kWindows, block % T::kWindows);
     }
   }
 };

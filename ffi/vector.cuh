@@ -65,12 +65,16 @@ __device__ __forceinline__ Vector<Element, kSize> load_if(bool condition, const 
                                                           Vector<Element, kSize> otherwise) {
   if constexpr (kSize == 1) return {load_if(condition, from, otherwise.x[0])};
   constexpr int kWords = sizeof(otherwise) / 4;
-  static_assert(kSize == 1 || kWords == 2 || kWords == 4, "load_if: 8 or 16 bytes");
+  static_assert(kSize == 1 || kWords == 1 || kWords == 2 || kWords == 4, "load_if: 2 to 16 bytes");
   union {
     Vector<Element, kSize> value;
     uint32_t words[kWords > 0 ? kWords : 1];
   } u{otherwise};
-  if constexpr (kWords == 2) {
+  if constexpr (kWords == 1) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.b32 %0, [%1]; }"
+                 : "+r"(u.words[0])
+                 : "l"(from), "r"(static_cast<int>(condition)));
+  } else if constexpr (kWords == 2) {
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; @p ld.global.v2.b32 {%0, %1}, [%2]; }"
                  : "+r"(u.words[0]), "+r"(u.words[1])
                  : "l"(from), "r"(static_cast<int>(condition)));
