@@ -127,14 +127,18 @@ inline ffi::ErrorOr<DecodeRecordsCalls> check_decode_records(ffi::RemainingArgs 
   const auto next_n = attribute("next_n", int64_t{}), layer = attribute("layer", int64_t{});
   check.require(calls.geometry >= kAutoGeometry,
                 "geometry: expected -1, or the index of one that is compiled");
+  std::vector<CompressorAttributes> of_compressors;
+  for (size_t i = 0; i < count; ++i) {
+    of_compressors.push_back(attribute("compressor_" + std::to_string(i), CompressorAttributes{}));
+  }
+  if (!check.ok()) return failure();
   const auto set_owner = [&](size_t i) {
     if (count > 1) check.set_owner("compressor[" + std::to_string(i) + "]: ");
   };
 
   std::vector<O> each;
   for (size_t i = 0; i < count; ++i) {
-    const auto a = attribute("compressor_" + std::to_string(i), CompressorAttributes{});
-    if (!check.ok()) return failure();
+    const CompressorAttributes& a = of_compressors[i];
     const auto arg = [&](size_t k) { return *operands.get<ffi::AnyBuffer>(O::kCount * i + k); };
     const auto last = [&](size_t k) {
       return *operands.get<ffi::AnyBuffer>(O::kCount * count + k);
