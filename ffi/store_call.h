@@ -24,7 +24,7 @@ struct StoreAttributes {
   int64_t geometry;  // -1: there is one only
 };
 
-// In the order of the call; groups as in DecodeBuffers.
+// In the order of the call; groups as in StepOperands.
 struct StoreBuffers {
   ffi::AnyBuffer values;       // [*G, N, D] f32 or bf16
   ffi::AnyBuffer slots;        // [*G, N] i32

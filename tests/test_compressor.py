@@ -395,20 +395,21 @@ def test_a_loop_carries_the_caches_in_place():
     assert compiled.memory_analysis().temp_size_in_bytes < min(x.nbytes for x in leaves)
 
 
-@pytest.mark.parametrize("unmapped", ("nothing", "rows", "tables", "caches"))
-def test_vmap_is_a_loop(unmapped):
-    made = [make_layer(seed=10 * i) for i in range(3)]
-    compressors = made[0][1]
+VMAPPED = ("rows", "compressors", "caches", "tables", "lens")
+
+
+@pytest.mark.parametrize(
+    ("unmapped", "implementation"),
+    [*((name, "ffi") for name in ("nothing", *VMAPPED)), ("caches", "xla")],
+)
+def test_vmap_is_a_loop(unmapped, implementation):
+    made = [(*make_layer(seed=10 * i), LENS + i) for i in range(3)]
     operands, axes = [], []
-    for i, name in ((0, "rows"), (2, "caches"), (3, "tables")):
-        own = [x[i] for x in made]
+    for name, own in zip(VMAPPED, zip(*made, strict=True), strict=True):
         is_mapped = name != unmapped
         operands.append(jax.tree.map(lambda *x: jnp.stack(x), *own) if is_mapped else own[0])
         axes.append(0 if is_mapped else None)
-
-    def step(rows, caches, tables):
-        return decode_records(rows, compressors, caches, tables, LENS, q_lens=Q_LENS)
-
+    step = functools.partial(decode_records, q_lens=Q_LENS, implementation=implementation)
     got = jax.jit(jax.vmap(step, axes))(*operands)
     for i in range(3):
         own = [
@@ -416,6 +417,22 @@ def test_vmap_is_a_loop(unmapped):
             for x, axis in zip(operands, axes, strict=True)
         ]
         check_equal(jax.tree.map(lambda x, i=i: x[i], got), jax.jit(step)(*own))
+
+
+@pytest.mark.parametrize("half", (0, 1))
+def test_vmap_may_map_half_a_pair(half):
+    rows, *own = make_layer()
+    first, second, third = split_rows(rows)
+    pair = jnp.split(second, 2, axis=-1)
+    halves = jnp.stack([pair[half] + i for i in range(3)])
+
+    def step(x):
+        mine = (x, pair[1]) if half == 0 else (pair[0], x)
+        return decode_records((first, mine, third), *own, LENS)
+
+    got = jax.jit(jax.vmap(step))(halves)
+    for i in range(3):
+        check_equal(jax.tree.map(lambda x, i=i: x[i], got), jax.jit(step)(halves[i]))
 
 
 EMPTY = {
@@ -509,6 +526,69 @@ def test_modes_and_meshes_change_no_bit(mode, mesh_type, placed):
         if placed:
             assert not COLLECTIVE.findall(program.lower(*operands).compile().as_text())
         check_equal(program(*operands), want)
+
+
+def test_each_device_of_a_shard_map_makes_one_call():
+    operands, (compressors, slots), want = groups_of_requests()
+    mesh = jax.make_mesh((8,), ("a",), devices=jax.devices("cpu")[:8])
+
+    def step(rows, caches, tables):
+        own = jax.tree.map(lambda x: x[0], (rows, caches, tables))
+        got = step_and_read(own[0], compressors, *own[1:], slots)
+        return jax.tree.map(lambda x: x[None], got)
+
+    program = jax.jit(
+        jax.shard_map(step, mesh=mesh, in_specs=P("a"), out_specs=P("a")), donate_argnums=1
+    )
+    placed = jax.device_put(operands, NamedSharding(mesh, P("a")))
+    text = program.lower(*placed).compile().as_text()
+    assert not COLLECTIVE.findall(text)
+    assert text.count(f'custom_call_target="{decode_records_of(3, False).target}"') == 1
+    check_equal(program(*placed), want)
+
+
+def lowered_call(platform, implementation=None):
+    """The lines of the custom call in a program for a platform."""
+    rows, *own = make_layer()
+    step = functools.partial(decode_records, implementation=implementation)
+    text = jax.jit(step).trace(rows, *own, LENS).lower(lowering_platforms=(platform,)).as_text()
+    target = decode_records_of(3, False).target
+    return [line for line in text.splitlines() if f"custom_call @{target}(" in line]
+
+
+@pytest.mark.parametrize("platform", ("cpu", "cuda"))
+def test_the_call_names_its_attributes_and_aliases(platform):
+    (call,) = lowered_call(platform, "ffi")
+    first, second, third = re.findall(r"compressor_\d = \{([^}]*)\}", call)
+    for attribute in (
+        "column = 0 : i64",
+        "compress_ratio = 4 : i64",
+        "format = 3 : ui8",
+        "hadamard = false",
+        "interleaved = false",
+        "kv_score_dtype = 16 : ui8",
+        "overlap = true",
+        f"page_size = {RECORD_PAGE} : i64",
+        "rms_norm_eps = 9.99999997E-7 : f32",
+        "rounding = 1 : ui8",
+        "scale_floor = false",
+        "scales = 0 : ui8",
+        "state_dtype = 11 : ui8",
+        "state_format = 0 : ui8",
+    ):
+        assert attribute in first
+    assert "column = 2048 : i64" in second and "state_format = 1 : ui8" in second
+    assert "column = 2560 : i64" in third and "compress_ratio = 128 : i64" in third
+    for attribute in ("geometry = -1 : i64", "layer = -1 : i64", f"next_n = {NEXT_N} : i64"):
+        assert attribute in call
+    aliases = re.findall(r"output_tuple_indices = \[(\d)\], operand_index = (\d+)", call)
+    written = [11 * i + k for i in range(3) for k in (3, 4, 10)]
+    assert aliases == [(str(n), str(i)) for n, i in enumerate(written)]
+
+
+@pytest.mark.parametrize(("platform", "implementation"), [("cpu", "xla"), ("tpu", None)])
+def test_the_reference_runs_elsewhere_or_if_asked_for(platform, implementation):
+    assert not lowered_call(platform, implementation)
 
 
 def test_it_can_be_exported_with_integers_of_numpy():
