@@ -109,7 +109,7 @@ def by_parts(kv_score, c, cache, tables, kv_lens, q_lens=None, implementation=No
         implementation=implementation,
     )
     records = cache.records
-    slots, positions, rows = [], [], []
+    slots, positions = np.full((2, *values.shape[:2]), -1, np.int32)
     for b in range(len(kv_lens)):
         n = kv_score.shape[1] if q_lens is None else min(max(q_lens[b], 0), kv_score.shape[1])
         if n == 0 or kv_lens[b] <= 0:
@@ -118,16 +118,13 @@ def by_parts(kv_score, c, cache, tables, kv_lens, q_lens=None, implementation=No
         for m, window in enumerate(range(first, kv_lens[b] // c.compress_ratio)):
             logical, row = divmod(window, records.page_size)
             page = tables.records[b, logical] if logical < tables.records.shape[1] else -1
+            positions[b, m] = window * c.compress_ratio
             if 0 <= page < records.pool.shape[0]:
-                slots.append(page * records.page_size + row)
-                positions.append(window * c.compress_ratio)
-                rows.append(np.asarray(values[b, m]))
-    if not slots:
-        return CompressorCache(state, records), 0
+                slots[b, m] = page * records.page_size + row
     records = store_records(
-        np.stack(rows),
-        np.array(slots, np.int32),
-        np.array(positions, np.int32),
+        values.reshape(-1, c.head_dim),
+        slots.ravel(),
+        positions.ravel(),
         records,
         norm_weight=c.norm_weight,
         cos_sin_cache=c.cos_sin_cache,
@@ -137,7 +134,7 @@ def by_parts(kv_score, c, cache, tables, kv_lens, q_lens=None, implementation=No
         rounding=c.rounding,
         implementation=implementation,
     )
-    return CompressorCache(state, records), len(slots)
+    return CompressorCache(state, records), np.sum(slots >= 0)
 
 
 def check_equal(got, want):
