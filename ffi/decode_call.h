@@ -50,7 +50,7 @@ struct StepOperands {
   int64_t next_n;
   int64_t layer_index;
   StateFormat state_format;
-  // Where `kv_score` may hold columns of others, too: the first of ours.
+  // Where `kv_score` may be wider, for it holds columns of others, too: the first of ours.
   std::optional<int64_t> column = std::nullopt;
 
   bool has_layer_operand() const { return layer.dimensions().back() != 0; }
