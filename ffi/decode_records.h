@@ -31,6 +31,14 @@ struct DecodeRecordsParams : DecodeParams {
   RecordTarget records;
 };
 
+// One compressor's part of a checked call.
+struct DecodeRecordsCall {
+  Selection selection;  // `out` is f32: a value is rounded as its record needs
+  StateFormat state_format;
+  RecordFormat format;
+  DecodeRecordsParams params;
+};
+
 // The place of window w of a request, whose row of tables this is; `position`: of its first token.
 JAX_DSV4_HD RecordPlace find_record(const RecordTarget& t, const RecordPages& pages,
                                     const int32_t* table, uint32_t window, uint32_t position) {

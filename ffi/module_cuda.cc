@@ -5,7 +5,9 @@
 XLA_FFI_DECLARE_HANDLER_SYMBOL(PagedKvCompressCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(StoreRecordsCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(DequantizeRecordsCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(DecodeRecordsCuda);
 
 NB_MODULE(_cuda, m) {
-  jax_dsv4::export_handlers(m, &PagedKvCompressCuda, &StoreRecordsCuda, &DequantizeRecordsCuda);
+  jax_dsv4::export_handlers(m, &PagedKvCompressCuda, &StoreRecordsCuda, &DequantizeRecordsCuda,
+                            &DecodeRecordsCuda);
 }

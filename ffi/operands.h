@@ -22,6 +22,8 @@ namespace ffi = ::xla::ffi;
 
 using Dims = std::vector<int64_t>;
 
+inline constexpr int64_t kInt32Max = std::numeric_limits<int32_t>::max();
+
 inline Dims dims_of(ffi::AnyBuffer x) { return {x.dimensions().begin(), x.dimensions().end()}; }
 
 inline Dims concatenate(Dims first, const Dims& second) {
@@ -63,11 +65,15 @@ class OperandChecker {
  public:
   explicit OperandChecker(const char* operation) : operation_(operation) {}
 
+  // Whose operands are checked from here on, in front of errors: one of several that a call is for.
+  void set_owner(std::string owner) { owner_ = std::move(owner); }
+
   // The text comes in parts, and is put together for an error only.
   template <class... Parts>
   void require(bool condition, const Parts&... parts) {
     if (condition || !ok()) return;
     std::ostringstream text;
+    text << owner_;
     (text << ... << parts);
     error_ = text.str();
   }
@@ -114,6 +120,7 @@ class OperandChecker {
 
  private:
   std::string operation_;
+  std::string owner_;
   Dims groups_;
   std::string error_;
 };

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <iterator>
-#include <limits>
 
 #include "config.h"
 #include "operands.h"
@@ -35,7 +34,6 @@ struct PoolOperands {
 
 // All that can be said before the groups are known.
 inline void check_pool_operands(OperandChecker& check, const PoolOperands& o) {
-  constexpr int64_t kInt32Max = std::numeric_limits<int32_t>::max();
   check.require_rank("layer", o.layer, 1, "0 or 1");
   if (!check.ok()) return;
   check.require_rank("records.pool", o.pool, o.rank(),
@@ -69,7 +67,6 @@ inline int64_t compiled_record_bytes(OperandChecker& check, RecordFormat format,
 // The pool, once the groups are known; `is_shared`: by all of them.
 inline RecordPool check_pool(OperandChecker& check, const PoolOperands& o, int64_t record_bytes,
                              bool is_shared) {
-  constexpr int64_t kInt32Max = std::numeric_limits<int32_t>::max();
   const Dims dims = pool_dims(o);
   const int64_t num_layers = dims.size() == 3 ? dims.front() : 1;
   const int64_t num_pages = *(dims.end() - 2), page_bytes = dims.back();
@@ -101,6 +98,52 @@ inline RecordPool check_pool(OperandChecker& check, const PoolOperands& o, int64
   pool.group_pages = is_shared ? 0 : num_layers * num_pages;
   pool.is_16b_aligned = (page_bytes | reinterpret_cast<intptr_t>(pool.data)) % 16 == 0;
   return pool;
+}
+
+// What records are made with, by operations that write them.
+struct RecordOperands {
+  ffi::AnyBuffer norm_weight;  // [*G, D] f32, or [*G, 0]: no norm
+  ffi::AnyBuffer table;        // [*G, positions, 64] f32, or [*G, 0, 64]: no rotation
+  RecordFormat format;
+  RecordOptions options;
+};
+
+// The same, checked; to be shared by the groups, or one for each.
+struct RecordInputs {
+  const float* norm_weight;  // [G or 1, D]; null: no norm
+  const float* table;        // [G or 1, num_positions, 64]; null: no rotation
+  uint32_t num_positions;
+  bool weight_is_per_group, table_is_per_group;
+};
+
+// All that can be said before the groups are known.
+inline void check_record_operands(OperandChecker& check, const RecordOperands& o) {
+  check.require_rank("norm_weight", o.norm_weight, 1, "head_dim");
+  check.require_rank("cos_sin_cache", o.table, 2, "positions, 64");
+  check.require(!o.options.scale_floor || o.format == RecordFormat::kFp8DsMla,
+                "scale_floor: expected false, but in format fp8_ds_mla");
+  check.require(o.options.rounding <= Rounding::kModel, "rounding: expected 0 to 2");
+  check.require(o.options.rms_norm_eps >= 0, "rms_norm_eps: expected at least 0");
+  check.require(!o.options.hadamard || o.format != RecordFormat::kFp8DsMla,
+                "hadamard: expected false in format fp8_ds_mla");
+}
+
+inline RecordInputs check_record_inputs(OperandChecker& check, const RecordOperands& o,
+                                        int64_t head_dim) {
+  constexpr auto kF32 = ffi::DataType::F32;
+  const int64_t num_positions = o.table.dimensions()[o.table.dimensions().size() - 2];
+  const bool has_weight = o.norm_weight.dimensions().back() != 0;
+  RecordInputs inputs;
+  inputs.weight_is_per_group =
+      check.maybe_shared("norm_weight", o.norm_weight, kF32, {has_weight ? head_dim : 0});
+  inputs.table_is_per_group =
+      check.maybe_shared("cos_sin_cache", o.table, kF32, {num_positions, kRopeDim});
+  check.require(num_positions <= kInt32Max, "cos_sin_cache: positions must be below 2^31");
+  inputs.norm_weight =
+      has_weight ? static_cast<const float*>(o.norm_weight.untyped_data()) : nullptr;
+  inputs.table = num_positions != 0 ? static_cast<const float*>(o.table.untyped_data()) : nullptr;
+  inputs.num_positions = static_cast<uint32_t>(num_positions);
+  return inputs;
 }
 
 }  // namespace jax_dsv4

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 
 #include "operands.h"
 #include "record_call.h"
@@ -25,7 +24,7 @@ struct StoreAttributes {
   int64_t geometry;  // -1: there is one only
 };
 
-// In the order of the call; groups as in DecodeBuffers.
+// In the order of the call; groups as in StepOperands.
 struct StoreBuffers {
   ffi::AnyBuffer values;       // [*G, N, D] f32 or bf16
   ffi::AnyBuffer slots;        // [*G, N] i32
@@ -46,8 +45,7 @@ struct StoreCall {
 
 inline ffi::ErrorOr<StoreCall> check_store(ffi::RemainingArgs operands, ffi::RemainingRets results,
                                            const StoreAttributes& a) {
-  constexpr int64_t kInt32Max = std::numeric_limits<int32_t>::max();
-  constexpr auto kI32 = ffi::DataType::S32, kF32 = ffi::DataType::F32, kU8 = ffi::DataType::U8;
+  constexpr auto kI32 = ffi::DataType::S32, kU8 = ffi::DataType::U8;
   OperandChecker check("store_records");
   const auto failure = [&] { return ffi::Unexpected(check.error()); };
   check.require_counts(operands, 7, results, 1);
@@ -56,17 +54,15 @@ inline ffi::ErrorOr<StoreCall> check_store(ffi::RemainingArgs operands, ffi::Rem
   const StoreBuffers b{arg(0), arg(1), arg(2), arg(3),
                        arg(4), arg(5), arg(6), **results.get<ffi::AnyBuffer>(0)};
   const PoolOperands o{b.pool, b.layer, a.layer, a.format, a.scales, a.page_size};
+  const RecordOperands made_with{
+      b.norm_weight,
+      b.table,
+      a.format,
+      {a.rms_norm_eps, a.interleaved, a.hadamard, a.scale_floor, a.scales, a.rounding}};
 
   check.require_rank("values", b.values, 2, "N, head_dim");
-  check.require_rank("norm_weight", b.norm_weight, 1, "head_dim");
-  check.require_rank("cos_sin_cache", b.table, 2, "positions, 64");
   check_pool_operands(check, o);
-  check.require(!a.scale_floor || a.format == RecordFormat::kFp8DsMla,
-                "scale_floor: expected false, but in format fp8_ds_mla");
-  check.require(a.rounding <= Rounding::kModel, "rounding: expected 0 to 2");
-  check.require(a.rms_norm_eps >= 0, "rms_norm_eps: expected at least 0");
-  check.require(!a.hadamard || a.format != RecordFormat::kFp8DsMla,
-                "hadamard: expected false in format fp8_ds_mla");
+  check_record_operands(check, made_with);
   check.require(a.geometry == -1, "geometry: expected -1");
   if (!check.ok()) return failure();
 
@@ -76,10 +72,8 @@ inline ffi::ErrorOr<StoreCall> check_store(ffi::RemainingArgs operands, ffi::Rem
   const int64_t record_bytes = compiled_record_bytes(check, a.format, head_dim);
   if (!check.ok()) return failure();
   const int64_t count = b.values.dimensions()[b.values.dimensions().size() - 2];
-  const int64_t num_positions = b.table.dimensions()[b.table.dimensions().size() - 2];
-  const bool has_weight = b.norm_weight.dimensions().back() != 0;
   const ffi::DataType values_dtype = b.values.element_type();
-  check.require(values_dtype == kF32 || values_dtype == ffi::DataType::BF16,
+  check.require(values_dtype == ffi::DataType::F32 || values_dtype == ffi::DataType::BF16,
                 "values: expected BF16 or F32");
 
   StoreCall call;
@@ -91,11 +85,7 @@ inline ffi::ErrorOr<StoreCall> check_store(ffi::RemainingArgs operands, ffi::Rem
       stride(check.maybe_shared("values", b.values, values_dtype, {count, head_dim}), count);
   p.slots_stride = stride(check.maybe_shared("slots", b.slots, kI32, {count}), count);
   p.positions_stride = stride(check.maybe_shared("positions", b.positions, kI32, {count}), count);
-  p.weight_stride = stride(
-      check.maybe_shared("norm_weight", b.norm_weight, kF32, {has_weight ? head_dim : 0}), 1);
-  p.table_stride = check.maybe_shared("cos_sin_cache", b.table, kF32, {num_positions, kRopeDim})
-                       ? num_positions
-                       : 0;
+  const RecordInputs inputs = check_record_inputs(check, made_with, head_dim);
   check.per_group("records.pool", b.pool, kU8, dims);
   check.per_group("records.pool result", b.pool_out, kU8, dims);
   check.aliases("records.pool", b.pool, b.pool_out);
@@ -103,7 +93,6 @@ inline ffi::ErrorOr<StoreCall> check_store(ffi::RemainingArgs operands, ffi::Rem
   const int64_t groups = check.num_groups();
   check.require(product_of({groups, count}) <= kInt32Max,
                 "values: groups times values must be below 2^31");
-  check.require(num_positions <= kInt32Max, "cos_sin_cache: positions must be below 2^31");
   if (!check.ok()) return failure();
 
   call.format = a.format;
@@ -112,13 +101,15 @@ inline ffi::ErrorOr<StoreCall> check_store(ffi::RemainingArgs operands, ffi::Rem
   p.values = b.values.untyped_data();
   p.slots = static_cast<const int32_t*>(b.slots.untyped_data());
   p.positions = static_cast<const int32_t*>(b.positions.untyped_data());
-  p.norm_weight = has_weight ? static_cast<const float*>(b.norm_weight.untyped_data()) : nullptr;
-  p.table = num_positions != 0 ? static_cast<const float*>(b.table.untyped_data()) : nullptr;
+  p.norm_weight = inputs.norm_weight;
+  p.table = inputs.table;
   p.num_groups = static_cast<uint32_t>(groups);
   p.num_values = static_cast<uint32_t>(count);
-  p.num_positions = static_cast<uint32_t>(num_positions);
+  p.num_positions = inputs.num_positions;
+  p.weight_stride = inputs.weight_is_per_group;
+  p.table_stride = inputs.table_is_per_group ? inputs.num_positions : 0;
   p.values_are_bf16 = values_dtype == ffi::DataType::BF16;
-  p.options = {a.rms_norm_eps, a.interleaved, a.hadamard, a.scale_floor, a.scales, a.rounding};
+  p.options = made_with.options;
   return call;
 }
 

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jax_dsv4 import _check, _pytree
-from jax_dsv4.decode import paged_kv_compress
+from jax_dsv4 import _check, _config, _op, _pytree
+from jax_dsv4._op import Operand
+from jax_dsv4.decode import DecodeOptions, check_new_rows, check_tables, decode_attributes
 from jax_dsv4.records import (
     RecordCache,
+    StoreOptions,
+    check_compiled_records,
+    check_hadamard,
+    check_norm_and_rotation,
     check_record_options,
     check_records,
-    store_records,
+    store_attributes,
 )
+from jax_dsv4.reference import compressor as reference
 from jax_dsv4.state import CompressorState, check_state
-from jax_dsv4.windows import completed_windows
 
 
 @_pytree.register(
@@ -98,6 +103,78 @@ class CacheTables:
     records: Any
 
 
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """The static side of one compressor's part of a call."""
+
+    decode: DecodeOptions
+    store: StoreOptions
+    column: int  # of kv_score, which may hold those of other compressors: the first of its own
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """The static side of a call."""
+
+    compressors: tuple[_Part, ...]
+    layer: int = -1  # where it is known when traced; -1: none, or the operand's
+
+
+# Of one compressor. Those that it does not have are empty, as in DECODE and STORE.
+_OPERANDS = (
+    Operand("kv_score", 3),
+    Operand("kv_score[1]", 3, like="kv_score"),
+    Operand("ape", 2),
+    Operand("state.kv", 3, written=True, of_layers=True),
+    Operand("state.score", 3, written=True, of_layers=True),
+    Operand("kv_tables", 2),
+    Operand("score_tables", 2),
+    Operand("tables.records", 2),
+    Operand("norm_weight", 1),
+    Operand("cos_sin_cache", 2),
+    Operand("records.pool", 2, written=True, of_layers=True),
+)
+
+
+def _attributes(options: _Options, *operands: Any) -> dict[str, Any]:
+    attributes: dict[str, Any] = {"layer": options.layer}
+    for i, part in enumerate(options.compressors):
+        of_step = decode_attributes(part.decode, *operands[i * len(_OPERANDS) :])
+        attributes["next_n"] = of_step["next_n"]
+        own = of_step | store_attributes(part.store) | {"column": part.column}
+        for name in ("layer", "next_n", "out_dtype"):
+            del own[name]
+        attributes[f"compressor_{i}"] = own
+    return attributes
+
+
+@functools.cache
+def decode_records_of(count: int, has_layers: bool) -> _op.Operation:
+    """The operation for so many compressors."""
+    operands = []
+    for i in range(count):
+        owner = _owner(i, count)
+        operands += [
+            dataclasses.replace(o, name=owner + o.name, like=o.like and owner + o.like)
+            for o in _OPERANDS
+        ]
+    operation = _op.Operation(
+        name="decode_records",
+        target="jax_dsv4_decode_records",
+        operands=(*operands, Operand("kv_lens", 1), Operand("q_lens", 1), Operand("layer", 1)),
+        groups=_owner(0, count) + "state.kv",
+        results=lambda options, *operands: (),
+        attributes=_attributes,
+        reference=_op.of_layers(reference.decode_records),
+    )
+    return operation.with_layers() if has_layers else operation
+
+
+def _owner(index: int, count: int) -> str:
+    """In front of the names of what is one of several compressors'."""
+    return f"compressor[{index}]: " if count > 1 else ""
+
+
 def decode_records(
     kv_score: Any,
     compressor: Compressor | tuple[Compressor, ...],
@@ -107,7 +184,7 @@ def decode_records(
     *,
     layer: int | ArrayLike | None = None,
     q_lens: ArrayLike | None = None,
-    implementation: str | None = None,
+    implementation: str | _op.Kernel | None = None,
 ) -> Any:
     """One decode step of whole compressors: from projections to stored records.
 
@@ -136,60 +213,91 @@ def decode_records(
 
     vmap: as in ``paged_kv_compress``: the cache is written, so an unmapped one is copied per index.
 
-    Each compressor is two launches for now, and a little integer arithmetic between them.
+    It is one launch, whatever the number of compressors.
     """
+    if not isinstance(implementation, _op.Kernel):
+        _check.choice("implementation", implementation, _check.IMPLEMENTATIONS)
+    has_layers = layer is not None
+    given = _part_of_each(kv_score, compressor, cache, tables)
+    parts, operands = [], []
+    for i, own in enumerate(given):
+        try:
+            part, of_part = _check_part(own, has_layers, implementation)
+            if operands:
+                _check_alike(of_part, operands[0], has_layers)
+        except (TypeError, ValueError) as error:
+            error.args = (f"{_owner(i, len(given))}{error}",)
+            raise
+        parts.append(part)
+        operands.append(of_part)
+    kv_lens = _check.array("kv_lens", kv_lens, _check.I32, operands[0][0].shape[0])
+    q_lens = _check.optional("q_lens", q_lens, _check.I32, *kv_lens.shape)
+    index, layer_operand = _check.layer(layer, operands[0][3].shape[0])
+    results = _op.call(
+        decode_records_of(len(parts), has_layers),
+        _Options(tuple(parts), index),
+        implementation,
+        *(x for of_part in operands for x in of_part),
+        *(kv_lens, q_lens, layer_operand),
+    )
+    caches = []
+    for i, own in enumerate(given):
+        kv, score, pool = results[3 * i : 3 * i + 3]
+        state = CompressorState(kv, score, own.cache.state.format)
+        caches.append(CompressorCache(state, dataclasses.replace(own.cache.records, pool=pool)))
+    return tuple(caches) if isinstance(compressor, tuple) else caches[0]
+
+
+class _Given(NamedTuple):
+    """What a user passes for one compressor."""
+
+    kv_score: Any
+    column: int | None  # of an array of all compressors' columns, checked: its own first one
+    compressor: Any
+    cache: Any
+    tables: Any
+
+
+def _part_of_each(kv_score: Any, compressor: Any, cache: Any, tables: Any) -> list[_Given]:
     if not isinstance(compressor, tuple):
-        return _decode(kv_score, compressor, cache, tables, kv_lens, layer, q_lens, implementation)
+        return [_Given(kv_score, None, compressor, cache, tables)]
     count = len(compressor)
+    if not count:
+        raise ValueError("compressor: expected a Compressor, or a tuple of some, got none")
     for name, x in (("cache", cache), ("tables", tables)):
         if not isinstance(x, tuple) or len(x) != count:
             got = len(x) if isinstance(x, tuple) else type(x).__name__
             raise ValueError(f"{name}: expected a tuple of {count}, as compressor is, got {got}")
-    assert isinstance(cache, tuple) and isinstance(tables, tuple)
-    rows = _split(kv_score, compressor)
-    return tuple(
-        _decode(new, c, own, pages, kv_lens, layer, q_lens, implementation)
-        for new, c, own, pages in zip(rows, compressor, cache, tables, strict=True)
-    )
-
-
-def _split(kv_score: Any, compressors: tuple[Compressor, ...]) -> tuple[Any, ...]:
-    """The new rows of each compressor."""
-    for c in compressors:
+    for c in compressor:
         _check_type("compressor", c, Compressor)
-    if isinstance(kv_score, tuple):
-        if len(kv_score) != len(compressors):
-            raise ValueError(
-                f"kv_score: expected {len(compressors)} arrays, one for each compressor, got "
-                f"{len(kv_score)}"
-            )
-        return kv_score
-    widths = [2 * c.state_dim for c in compressors]
-    rows = _check.array("kv_score", kv_score, _check.FLOATS, "B", "next_n", sum(widths))
-    starts = [sum(widths[:i]) for i in range(len(widths))]
-    return tuple(rows[..., a : a + w] for a, w in zip(starts, widths, strict=True))
+    if not isinstance(kv_score, tuple):
+        dims = [c.state_dim for c in compressor]
+        rows = (check_new_rows(kv_score, sum(dims)),) * count
+        columns = [2 * sum(dims[:i]) for i in range(count)]
+    elif len(kv_score) == count:
+        rows, columns = kv_score, [None] * count
+    else:
+        raise ValueError(
+            f"kv_score: expected {count} arrays, one for each compressor, got {len(kv_score)}"
+        )
+    return list(map(_Given, rows, columns, compressor, cache, tables))
 
 
-def _decode(
-    kv_score: Any,
-    compressor: Any,
-    cache: Any,
-    tables: Any,
-    kv_lens: ArrayLike,
-    layer: Any,
-    q_lens: ArrayLike | None,
-    implementation: str | None,
-) -> CompressorCache:
-    _check_type("compressor", compressor, Compressor)
+def _check_part(
+    given: _Given, has_layers: bool, implementation: str | _op.Kernel | None
+) -> tuple[_Part, tuple[Array, ...]]:
+    """The static side and the operands of one compressor."""
+    kv_score, column, c, cache, tables = given
+    _check_type("compressor", c, Compressor)
     _check_type("cache", cache, CompressorCache)
     _check_type("tables", tables, CacheTables)
-    c, records, has_layers = compressor, cache.records, layer is not None
+    state, records = cache.state, cache.records
     pool, kind = check_records(records, has_layers)
     if kind.head_dim != c.head_dim:
         raise ValueError(
             f"cache.records: expected head_dim {c.head_dim}, the compressor's, got {kind.head_dim}"
         )
-    kv, _ = check_state(cache.state, overlap=c.overlap, layers=has_layers)
+    kv, score = check_state(state, overlap=c.overlap, layers=has_layers)
     if kv.shape[-1] != c.state_dim:
         raise ValueError(
             f"cache.state: expected S = {c.state_dim}, the compressor's, got {kv.shape[-1]}"
@@ -198,50 +306,50 @@ def _decode(
         raise ValueError(
             f"cache.records: expected {kv.shape[0]} layers, as cache.state, got {pool.shape[0]}"
         )
-    kinds = {"compress_ratio": c.compress_ratio, "overlap": c.overlap}
-    values, state = paged_kv_compress(
-        kv_score,
-        c.ape,
-        cache.state,
-        tables.state,
-        kv_lens,
-        **kinds,
-        layer=layer,
-        q_lens=q_lens,
-        out_dtype=jnp.float32,
-        implementation=implementation,
-    )
-    next_n = jnp.shape(kv_score[0] if isinstance(kv_score, tuple) else kv_score)[1]
-    windows = completed_windows(kv_lens, **kinds, next_n=next_n, q_lens=q_lens)
-    records = store_records(
-        values.reshape(-1, c.head_dim),
-        _find_slots(tables.records, windows.window, records).reshape(-1),
-        windows.position.reshape(-1),
-        records,
-        norm_weight=c.norm_weight,
-        cos_sin_cache=c.cos_sin_cache,
-        rms_norm_eps=c.rms_norm_eps,
-        rope_layout=c.rope_layout,
-        hadamard=c.hadamard,
-        rounding=c.rounding,
-        layer=layer,
-        implementation=implementation,
-    )
-    return CompressorCache(state, records)
-
-
-def _find_slots(tables: Any, window: Array, records: RecordCache) -> Array:
-    """The slot of each window's record [B, M]; -1 where there is no window, or no page for it."""
-    tables = _check.array("tables.records", tables, _check.I32, window.shape[0], "max_pages")
-    num_pages, page_size = records.pool.shape[-2], records.page_size
-    if isinstance(num_pages, int) and num_pages * page_size >= 2**31:
+    num_pages = pool.shape[-2]
+    if isinstance(num_pages, int) and num_pages * records.page_size >= 2**31:
         raise ValueError("cache.records: expected fewer than 2^31 records in a layer")
-    if 0 in tables.shape:
-        return jnp.full(window.shape, -1, jnp.int32)
-    logical = window // page_size
-    page = jnp.take_along_axis(tables, jnp.clip(logical, 0, tables.shape[1] - 1), axis=1)
-    exists = (window >= 0) & (logical < tables.shape[1]) & (page >= 0) & (page < num_pages)
-    return jnp.where(exists, page * page_size + window % page_size, -1)
+    rows, apart = check_new_rows(kv_score, c.state_dim) if column is None else kv_score
+    if implementation != "xla":
+        dtypes = _config.DTypes(rows.dtype.name, kv.dtype.name, "float32")
+        _config.check_compiled(_config.Kind(c.head_dim, c.compress_ratio, c.overlap), dtypes)
+    check_compiled_records(kind, implementation)
+    if c.hadamard:
+        check_hadamard(kind)
+    batch = rows.shape[0]
+    part = _Part(
+        DecodeOptions(c.compress_ratio, c.overlap, state.format, "float32"),
+        StoreOptions(
+            kind, records.page_size, c.rms_norm_eps, c.rope_layout, c.hadamard, c.rounding
+        ),
+        column or 0,
+    )
+    return part, (
+        rows,
+        apart,
+        _check.optional("ape", c.ape, ("float32",), c.compress_ratio, c.state_dim),
+        kv,
+        score,
+        *check_tables(tables.state, batch),
+        _check.array("tables.records", tables.records, _check.I32, batch, "max_pages"),
+        *check_norm_and_rotation(c.norm_weight, c.cos_sin_cache, c.head_dim),
+        pool,
+    )
+
+
+def _check_alike(operands: tuple[Array, ...], first: tuple[Array, ...], has_layers: bool) -> None:
+    """What a compressor must have in common with the first one."""
+    (rows, _, _, kv, *_), (first_rows, _, _, first_kv, *_) = operands, first
+    batch, next_n, _ = first_rows.shape
+    if rows.shape[:2] != (batch, next_n):
+        raise ValueError(
+            f"kv_score: expected shape [{batch}, {next_n}, columns], as compressor[0]'s, got "
+            f"{list(rows.shape)}"
+        )
+    if has_layers and kv.shape[0] != first_kv.shape[0]:
+        raise ValueError(
+            f"cache: expected {first_kv.shape[0]} layers, as compressor[0]'s, got {kv.shape[0]}"
+        )
 
 
 def _check_type(name: str, x: Any, expected: type) -> None:

@@ -20,7 +20,7 @@ from jax_dsv4.state import CompressorState, check_state
 
 
 @dataclasses.dataclass(frozen=True)
-class _Options:
+class DecodeOptions:
     """The static side of a call."""
 
     compress_ratio: int
@@ -30,16 +30,20 @@ class _Options:
     layer: int = -1  # of the state, where it is known when traced; -1: none, or the operand's
 
     def head_dim(self, state_dim: int) -> int:
+        """D, of a state of so many channels."""
         return state_dim // 2 if self.overlap else state_dim
 
 
-def _results(options: _Options, kv_score, new_score, ape, kv, *rest):
+def _results(options: DecodeOptions, kv_score, new_score, ape, kv, *rest):
     batch, next_n, _ = kv_score.shape
     num_windows = -(-next_n // options.compress_ratio)
     return [((batch, num_windows, options.head_dim(kv.shape[-1])), jnp.dtype(options.out_dtype))]
 
 
-def _attributes(options: _Options, kv_score, new_score, ape, kv, *rest):
+def decode_attributes(
+    options: DecodeOptions, kv_score: Any, new_score: Any, ape: Any, kv: Any, *rest: Any
+) -> dict[str, Any]:
+    """The attributes of a call, each of its exact type."""
     return {
         "compress_ratio": options.compress_ratio,
         "overlap": options.overlap,
@@ -71,13 +75,13 @@ DECODE = _op.Operation(
     ),
     groups="state.kv",
     results=_results,
-    attributes=_attributes,
+    attributes=decode_attributes,
     reference=_op.of_layers(reference.paged_kv_compress),
 )
 _WITH_LAYERS = DECODE.with_layers()
 
 
-def _new_rows(kv_score: Any, state_dim: int) -> tuple[Array, Array]:
+def check_new_rows(kv_score: Any, state_dim: int) -> tuple[Array, Array]:
     """``kv_score``, and an empty array; or kv and score apart."""
     floats, S = _check.FLOATS, state_dim
     if not isinstance(kv_score, tuple):
@@ -93,7 +97,7 @@ def _new_rows(kv_score: Any, state_dim: int) -> tuple[Array, Array]:
     return rows, apart
 
 
-def _tables(block_tables: Any, batch: int) -> tuple[Array, Array]:
+def check_tables(block_tables: Any, batch: int) -> tuple[Array, Array]:
     """The tables of kv and of score."""
     if not isinstance(block_tables, tuple):
         table = _check.array("block_tables", block_tables, _check.I32, batch, "max_pages")
@@ -201,15 +205,15 @@ def paged_kv_compress(
     kv, score = check_state(state, overlap=overlap, layers=layer is not None)
     state_dim = kv.shape[-1]
     index, layer_operand = _check.layer(layer, kv.shape[0])
-    options = _Options(ratio, overlap, state.format, out_dtype, index)
-    new_rows = _new_rows(kv_score, state_dim)
+    options = DecodeOptions(ratio, overlap, state.format, out_dtype, index)
+    new_rows = check_new_rows(kv_score, state_dim)
     if implementation != "xla":
         kind = _config.Kind(options.head_dim(state_dim), ratio, overlap)
         dtypes = _config.DTypes(new_rows[0].dtype.name, kv.dtype.name, out_dtype)
         _config.check_compiled(kind, dtypes)
     batch = new_rows[0].shape[0]
     ape = _check.optional("ape", ape, ("float32",), ratio, state_dim)
-    tables = _tables(block_tables, batch)
+    tables = check_tables(block_tables, batch)
     kv_lens = _check.array("kv_lens", kv_lens, _check.I32, batch)
     q_lens = _check.optional("q_lens", q_lens, _check.I32, batch)
     operation = DECODE if layer is None else _WITH_LAYERS
@@ -262,7 +266,7 @@ def raw_to_prefix(
             "from a state that holds their prefixes"
         )
     kv_lens = _check.array("kv_lens", kv_lens, _check.I32, "B")
-    tables = _tables(block_tables, kv_lens.shape[0])
+    tables = check_tables(block_tables, kv_lens.shape[0])
     _check.choice("implementation", implementation, _check.IMPLEMENTATIONS)
     operands = _op.vary_alike((kv, score, *tables, kv_lens))
     return _convert(*operands, ratio, overlap, implementation)

@@ -148,8 +148,8 @@ def check_records(records: Any, layers: bool) -> tuple[Array, RecordFormat]:
     return pool, kind
 
 
-def _check_compiled(kind: RecordFormat, implementation: Any) -> None:
-    _check.choice("implementation", implementation, (None, "ffi", "xla"))
+def check_compiled_records(kind: RecordFormat, implementation: Any) -> None:
+    """Raise ``ValueError`` unless the handlers are compiled for records of this kind, if asked."""
     if implementation != "xla" and (kind.name, kind.head_dim) not in _COMPILED:
         raise ValueError(
             f"no compiled format {kind.name!r} for head_dim {kind.head_dim}; compiled are "
@@ -159,7 +159,7 @@ def _check_compiled(kind: RecordFormat, implementation: Any) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Options:
+class StoreOptions:
     """The static side of a call of ``store_records``."""
 
     format: RecordFormat
@@ -171,7 +171,8 @@ class _Options:
     layer: int = -1  # of the pool, where it is known when traced; -1: none, or the operand's
 
 
-def _attributes(options: _Options, *operands: Any) -> dict[str, Any]:
+def store_attributes(options: StoreOptions, *operands: Any) -> dict[str, Any]:
+    """The attributes of a call, each of its exact type."""
     kind = options.format
     return {
         "format": np.uint8(RECORD_FORMATS.index(kind.name)),
@@ -201,7 +202,7 @@ STORE = _op.Operation(
     ),
     groups="records.pool",
     results=lambda options, *operands: (),
-    attributes=_attributes,
+    attributes=store_attributes,
     reference=_op.of_layers(reference.store_records),
 )
 _STORE_IN_LAYERS = STORE.with_layers()
@@ -213,7 +214,7 @@ class _ReadOptions:
 
     format: RecordFormat
     page_size: int
-    layer: int = -1  # as in _Options
+    layer: int = -1  # as in StoreOptions
 
 
 DEQUANTIZE = _op.Operation(
@@ -299,23 +300,18 @@ def store_records(
     The formats are those of FlashMLA, DeepGEMM, vLLM, SGLang and TensorRT-LLM.
     """
     pool, kind = check_records(records, layer is not None)
-    _check_compiled(kind, implementation)
+    _check.choice("implementation", implementation, _check.IMPLEMENTATIONS)
+    check_compiled_records(kind, implementation)
     values = _check.array("values", values, _check.FLOATS, "N", kind.head_dim)
     count = values.shape[0]
     slots = _check.array("slots", slots, _check.I32, count)
     positions = _check.array("positions", positions, _check.I32, count)
-    weight = _check.optional("norm_weight", norm_weight, ("float32",), kind.head_dim)
-    if cos_sin_cache is None:
-        table = jnp.zeros((0, ROPE_DIM), jnp.float32)
-    else:
-        table = _check.array("cos_sin_cache", cos_sin_cache, ("float32",), "positions", ROPE_DIM)
-        if table.shape[0] < 1:
-            raise ValueError("cos_sin_cache: expected at least one position, got 0")
+    weight, table = check_norm_and_rotation(norm_weight, cos_sin_cache, kind.head_dim)
     index, layer_operand = _check.layer(layer, pool.shape[0])
     made_by = check_record_options(rms_norm_eps, rope_layout, hadamard, rounding)
     if hadamard:
-        _check_hadamard(kind)
-    options = _Options(kind, records.page_size, **made_by, layer=index)
+        check_hadamard(kind)
+    options = StoreOptions(kind, records.page_size, **made_by, layer=index)
     operation = STORE if layer is None else _STORE_IN_LAYERS
     (pool,) = _op.call(
         operation,
@@ -345,7 +341,21 @@ def check_record_options(
     }
 
 
-def _check_hadamard(kind: RecordFormat) -> None:
+def check_norm_and_rotation(
+    norm_weight: Any, cos_sin_cache: Any, head_dim: int
+) -> tuple[Array, Array]:
+    """The weight and the table; empty ones for what is ``None``."""
+    weight = _check.optional("norm_weight", norm_weight, ("float32",), head_dim)
+    if cos_sin_cache is None:
+        return weight, jnp.zeros((0, ROPE_DIM), jnp.float32)
+    table = _check.array("cos_sin_cache", cos_sin_cache, ("float32",), "positions", ROPE_DIM)
+    if table.shape[0] < 1:
+        raise ValueError("cos_sin_cache: expected at least one position, got 0")
+    return weight, table
+
+
+def check_hadamard(kind: RecordFormat) -> None:
+    """Raise ``ValueError`` where a record of this kind cannot be transformed."""
     if kind.name == "fp8_ds_mla" or kind.head_dim & (kind.head_dim - 1):
         raise ValueError(
             f"hadamard: expected False in format {kind.name!r} with head_dim {kind.head_dim}: it "
@@ -378,7 +388,8 @@ def dequantize_records(
     vmap: one launch; an unmapped pool is not copied.
     """
     pool, kind = check_records(records, layer is not None)
-    _check_compiled(kind, implementation)
+    _check.choice("implementation", implementation, _check.IMPLEMENTATIONS)
+    check_compiled_records(kind, implementation)
     slots = _check.array("slots", slots, _check.I32, "N")
     index, layer_operand = _check.layer(layer, pool.shape[0])
     operation = DEQUANTIZE if layer is None else _DEQUANTIZE_IN_LAYERS

@@ -14,6 +14,7 @@ import pytest
 from checks import COLLECTIVE, STATE, step, step_of
 
 from jax_dsv4 import _ffi
+from jax_dsv4.compressor import decode_records_of
 from jax_dsv4.decode import DECODE
 
 CASE = cases.MAPPED
@@ -122,7 +123,7 @@ def test_one_program_can_serve_several_platforms():
 
 
 def test_it_compiles_for_cuda_ahead_of_time():
-    """For two H200s, on one device and over meshes of both types of axis."""
+    """For two H200s, on one device and over meshes of both types of axis; and a layer's records."""
     if not _ffi.HAS_CUDA or importlib.util.find_spec("jax_cuda13_plugin") is None:
         pytest.skip("needs the CUDA module, and JAX's plugin jax-cuda13-plugin; no GPU")
     script = pathlib.Path(__file__).parent / "compile_for_cuda.py"
@@ -131,7 +132,10 @@ def test_it_compiles_for_cuda_ahead_of_time():
         [sys.executable, script], capture_output=True, text=True, env=os.environ | environment
     )
     assert result.returncode == 0, result.stderr
-    _, *programs = result.stdout.split(compile_for_cuda.SEPARATOR)
+    _, layer, *programs = result.stdout.split(compile_for_cuda.SEPARATOR)
+    assert layer.count(f'custom_call_target="{decode_records_of(2, False).target}"') == 1
+    assert len(re.findall(r"\{\d\}: \(\d+, \{\}, may-alias\)", layer)) == 6
+    assert not re.search(r"copy|fusion|slice", layer)
     assert len(programs) == 3
     for program in programs:
         assert program.count(f'custom_call_target="{DECODE.target}"') == 1
