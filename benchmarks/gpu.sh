@@ -8,8 +8,9 @@
 #     job       the main job, in both state formats
 #     measure   most of README's times, with the baselines and jnp beside; the indexer; layers
 #     records   the times of store_records, with jnp beside, and of its launches captured by hand
+#     fused     the times of decode_records, beside the calls that end in values
 #     vary      the times of all other points in points.csv
-#     step      a whole decode step in one program
+#     step      a whole decode step in one program: values alone, jnp behind them, decode_records
 #     profile   the launches captured in graphs by hand, and ncu's counters
 #
 # Every part builds and installs the package for the GPU at hand, and needs the environment's own
@@ -20,7 +21,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 part=${1:-}
 case "$part" in
-  test | sanitize | job | measure | records | vary | step | profile) ;;
+  test | sanitize | job | measure | records | fused | vary | step | profile) ;;
   *)
     sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' benchmarks/gpu.sh
     exit 2
@@ -141,6 +142,10 @@ run_records() {
   run records-build nvcc -std=c++17 -O3 -arch=native -Iffi benchmarks/records.cu -o "$results/records"
   run records-graph "$results/records"
   run records python3 benchmarks/records.py --out "$results/records.jsonl" "${commit[@]}"
+}
+
+run_fused() {
+  run fused python3 benchmarks/decode_records.py --out "$results/fused.jsonl" "${commit[@]}"
 }
 
 run_vary() {

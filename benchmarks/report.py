@@ -57,11 +57,17 @@ LINES = [
 
 
 def read_rows(path: pathlib.Path) -> list[dict]:
-    """The measured points of one card; of a point that was measured again, the last one counts."""
+    """The measured points of one card."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     cards = sorted({row["device"] for row in rows})
     if len(cards) != 1:
         raise SystemExit(f"{path}: expected the times of one card, got {cards}")
+    return rows
+
+
+def read_calls(path: pathlib.Path) -> list[dict]:
+    """Those of calls; of a point that was measured again, the last one counts."""
+    rows = read_rows(path)
     for row in rows:  # what older records leave out
         row.setdefault("overlap", row["ratio"] == 4)
     return rows
@@ -104,7 +110,7 @@ def plot(rows: list[dict], key: str, title: str, path: pathlib.Path) -> None:
 
 def main() -> None:
     path = pathlib.Path(sys.argv[1])
-    rows = read_rows(path)
+    rows = read_calls(path)
     before, _, rest = README.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:

@@ -153,7 +153,6 @@ struct RecordMaker {
     const auto format = static_cast<RecordFormat>(ready.flags & kFormat);
     stage.transform(ready.operands, has(kHasNorm), has(kHasRotation), options,
                     format > RecordFormat::kBf16, &plan.exchange);
-    MARK(8);
     const auto store_in = [&](auto record) {
       using Record = decltype(record);
       if constexpr (kIsCompiledRecord<Record, Records>) {
@@ -239,33 +238,25 @@ struct PrefixTokenRecords {
   static __device__ __forceinline__ void make_record(const Params& p, SharedPlan& smem,
                                                      uint32_t index, int m) {
     if (threadIdx.x >= V::kThreads) return;
-    MARK(0);
     ValueStep step(p.step, smem.value.step, index, threadIdx.x * V::kVector, 0);
     step.load_lengths();
     step.copy_tables();
     step.load_new_rows();
-    MARK(1);
     if (!step.find_token(m)) {
       wait_for_copies<0>();
       return;
     }
-    MARK(2);
     step.look_up_rows();
     step.load_rows_before();
     const uint32_t window = static_cast<uint32_t>(step.token) / R;
     RecordMaker<D> maker(p.records, smem.value.record, threadIdx.x);
     maker.start(step.group, index, window, window * R);
-    MARK(3);
     step.template merge_new_rows<1>();
-    MARK(4);
     const auto ready = maker.prepare(step.group, window);
-    MARK(5);
     step.merge_open();
 #pragma unroll
     for (int v = 0; v < V::kVector; ++v) maker.stage.x[0][v] = step.value(v);
-    MARK(6);
     maker.finish(ready);
-    MARK(9);
   }
 
   static __device__ __forceinline__ void run(const Params& p, SharedPlan& smem, uint32_t block) {
@@ -307,7 +298,6 @@ struct PrefixRecords {
 
   static __device__ __forceinline__ void run(const Params& p, SharedPlan& smem, uint32_t index) {
     Plan (&plans)[2] = smem.plans;
-    MARK(0);
     if (threadIdx.x >= kThreads) return;
     const uint32_t group = blockIdx.z;
     prefetch_tables(p, group, index);
@@ -329,22 +319,16 @@ struct PrefixRecords {
           maker_of(window).start(group, index, window, static_cast<uint32_t>(window) * R);
         }
       }
-      MARK(1);
       const auto merged = step.merge_new_rows(t0, tokens);
-      MARK(2);
       step.store_rows(merged);
       if (merged.last < Step::kRows) {
         Step::store_value(merged, plans[(window - r.first_window) % 2].value + column);
         auto maker = maker_of(window);
         if (makes) {
-          MARK(3);
           const auto ready = maker.prepare(group, window);
-          MARK(4);
           wait_at_barrier<kThreads>(kAllBarrier);
-          MARK(5);
           maker.stage.take_value(maker.plan.value);
           maker.finish(ready);
-          MARK(9);
           if (window + 1 < r.end_window) {
             maker_of(window + 1).start(group, index, window + 1, (window + 1u) * R);
           }
@@ -504,7 +488,6 @@ __global__ void __launch_bounds__(std::max(First::kThreads, Second::kThreads),
     typename First::SharedPlan first;
     typename Second::SharedPlan second;
   } smem;
-  MARK(15);
   if (blockIdx.x < first_ctas) {
     First::run(first, smem.first, blockIdx.x);
   } else if (blockIdx.x - first_ctas < second_ctas) {  // whole clusters are launched

@@ -12,12 +12,6 @@
 #include "record_pool.h"
 #include "vector.cuh"
 
-#ifdef TRACE
-static __device__ long long trace_of[32];
-#define MARK(n) do { if (threadIdx.x % 32 == 0 && blockIdx.x == 0) { long long c; asm volatile("mov.u64 %0, %%clock64;" : "=l"(c) :: "memory"); trace_of[n] = c; } } while (0)
-#else
-#define MARK(n)
-#endif
 namespace jax_dsv4 {
 
 inline constexpr uint32_t kWholeWarp = ~0u;
