@@ -114,17 +114,22 @@ struct Selection {
   }
 };
 
+template <class Types>
+bool is_of(const Selection& selection) {
+  return kDTypeOf<typename Types::KvScore> == selection.kv_score &&
+         kDTypeOf<typename Types::State> == selection.state &&
+         kDTypeOf<typename Types::Out> == selection.out;
+}
+
 // Calls visit(Config) for the selected one; false if it is not compiled.
 template <class Visit>
 bool visit_config(const Selection& selection, Visit&& visit) {
   return visit_any(Kinds{}, [&](auto kind) {
     return selection.is_of(kind) && visit_any(DTypesList{}, [&](auto types) {
              using Types = decltype(types);
-             const bool is_selected = kDTypeOf<typename Types::KvScore> == selection.kv_score &&
-                                      kDTypeOf<typename Types::State> == selection.state &&
-                                      kDTypeOf<typename Types::Out> == selection.out;
-             if (is_selected) visit(Config<decltype(kind), Types>{});
-             return is_selected;
+             if (!is_of<Types>(selection)) return false;
+             visit(Config<decltype(kind), Types>{});
+             return true;
            });
   });
 }

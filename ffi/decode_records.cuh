@@ -195,9 +195,9 @@ template <class Config, bool kStaged, int kRowVector>
 struct PrefixTokenRecords {
   using T = PrefixRowTile<Config, kRowVector>;
   using Plan = RecordPlan<Config::kHeadDim>;
-  static constexpr int kCtas = T::kWindows + T::kSlices, kCluster = 1;  // of a request
-  static uint32_t ctas_of(const DecodeParams&) { return kCtas; }
-  static constexpr int kThreads = T::kThreads, kMinCtas = 1;
+  static constexpr int kCluster = 1, kThreads = T::kThreads, kMinCtas = 1;
+  static constexpr bool kHasWindows = false;  // along y
+  static uint32_t ctas_of(const DecodeParams&) { return T::kWindows + T::kSlices; }
   static constexpr int R = Config::kRatio, D = Config::kHeadDim;
 
   struct Params {
@@ -280,10 +280,11 @@ struct PrefixRecords {
   using T = PrefixTile<Config, 256>;
   using Step = PrefixStep<Config>;
   using Plan = RecordPlan<Config::kHeadDim>;
-  static constexpr int kCtas = 1, kCluster = 1, kThreads = T::kThreads, kMinCtas = 2;
+  static constexpr int kCluster = 1, kThreads = T::kThreads, kMinCtas = 2;
+  static constexpr bool kHasWindows = false;
   static constexpr int R = Config::kRatio, D = Config::kHeadDim;
   static_assert(T::kSlices == 1 && Plan::kThreads <= kThreads, "a CTA has all columns");
-  static uint32_t ctas_of(const DecodeParams&) { return kCtas; }
+  static uint32_t ctas_of(const DecodeParams&) { return 1; }
 
   struct Params : DecodeParams {
     RecordParams records;
@@ -348,15 +349,28 @@ struct PrefixRecords {
 // Grid: x = requests x CTAs, y = windows. Where one CTA reduces all columns of a window, there are
 // others that store the remaining rows; those of a cluster store them themselves, each in its own
 // columns. kAnyPage: a lane's rows may be on several pages.
-template <class Config, class Geometry, bool kAnyPage>
+// A geometry with more lanes than a row has vectors loses the warps, too, that would share the rows
+// in their place; but not those that a record takes.
+template <class Config, class Geometry_>
+struct RecordGeometry {
+  static constexpr int kVectors =
+      Config::kHeadDim * static_cast<int>(sizeof(typename Config::State)) / 16;
+  static constexpr int kLanes = std::min(Geometry_::kLanes, kVectors);
+  static constexpr int kWarps =
+      std::max(Geometry_::kWarps * kLanes / Geometry_::kLanes, Config::kHeadDim / 128);
+  using Type = Geometry<kWarps, kLanes, Geometry_::kRowsInFlight, Geometry_::kMinCtas>;
+};
+
+template <class Config, class Geometry_, bool kAnyPage>
 struct RawRecords {
+  using Geometry = typename RecordGeometry<Config, Geometry_>::Type;
   using T = Tile<Config, Geometry>;
   using Reducer = WindowReducer<Config, Geometry>;
   using Plan = RecordPlan<Config::kHeadDim>;
   static constexpr int kCluster = T::kSlices, kThreads = T::kThreads, kMinCtas = T::kMinCtas;
   static constexpr int R = Config::kRatio, D = Config::kHeadDim;
-  static constexpr bool kIsCluster = kCluster > 1;
-  static_assert(kCluster <= 16, "a cluster has at most 16 CTAs");
+  static constexpr bool kIsCluster = kCluster > 1, kHasWindows = true;
+  static_assert(kCluster <= 8, "a cluster has at most 8 CTAs on every chip");
   static_assert(Plan::kThreads <= kThreads, "too few threads for a record");
 
   static uint32_t ctas_of(const DecodeParams& p) {
@@ -483,14 +497,14 @@ __global__ void __launch_bounds__(std::max(First::kThreads, Second::kThreads),
                                   std::min(First::kMinCtas, Second::kMinCtas))
     decode_two_records_kernel(const __grid_constant__ typename First::Params first,
                               const __grid_constant__ typename Second::Params second,
-                              uint32_t first_ctas, uint32_t second_ctas) {
+                              uint32_t first_ctas) {
   __shared__ union {
     typename First::SharedPlan first;
     typename Second::SharedPlan second;
   } smem;
   if (blockIdx.x < first_ctas) {
     First::run(first, smem.first, blockIdx.x);
-  } else if (blockIdx.x - first_ctas < second_ctas) {  // whole clusters are launched
+  } else {
     Second::run(second, smem.second, blockIdx.x - first_ctas);
   }
 }

@@ -1,17 +1,233 @@
-// From a checked call to a kernel on a stream. No XLA types.
+// From a checked call to one kernel on a stream, or to one for each compressor where the compressors
+// are not a pair that is compiled together. No XLA types.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <tuple>
 
+#include "config.h"
+#include "decode_records.cuh"
 #include "decode_records.h"
+#include "tuning.h"
 
 namespace jax_dsv4 {
 
-inline const char* launch_decode_records(cudaStream_t, const DecodeRecordsCall*, size_t, int64_t) {
-  return "decode_records: not compiled";
+// What is compiled to run together: a layer's main compressor and its indexer's, of the same dtypes.
+using MainKind = Kind<512, 4, true>;
+using IndexerKind = Kind<128, 4, true>;
+
+// Without clusters a chip runs the kernels that need none.
+inline bool has_clusters() {
+  int device = 0, has = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&has, cudaDevAttrClusterLaunch, device);
+  return has != 0;
+}
+
+// A CTA for each window, and others for the rows: for how many requests, and what they must be.
+template <class Kind>
+bool is_few(const DecodeParams& p) {
+  return int64_t{p.num_groups} * p.batch * Kind::kHeadDim <= kFewPrefixRecordChannels<Kind>;
+}
+template <class Config>
+bool fits_few(const DecodeParams& p) {
+  // As for the decode operation alone: to these kernels, tables at one address are one table.
+  return p.next_n <= PrefixTokenTile<Config>::kTokens &&
+         (p.kv_tables != p.score_tables || p.kv_tables_stride == p.score_tables_stride);
+}
+template <class Config>
+bool is_staged(const DecodeParams& p) {
+  return p.paging.max_pages <= PrefixTokenTile<Config>::kEntries;
+}
+inline constexpr int kRowVector = 2;  // columns of a thread that stores rows
+template <class Config, bool kStaged>
+using FewPrefixRecords = PrefixTokenRecords<Config, kStaged, kRowVector>;
+
+// Calls visit(Body) for the kernel of a call in the geometry of this index, or of our choice where
+// it is negative; false: there is none.
+template <class Config, class Visit>
+bool visit_prefix_body(const DecodeParams& p, int64_t geometry, Visit&& visit) {
+  using Kind = typename Config::KindType;
+  if (geometry < 0) geometry = is_few<Kind>(p) && fits_few<Config>(p) ? 0 : 1;
+  if (geometry == 1) return visit(PrefixRecords<Config>{});
+  if (geometry != 0 || !fits_few<Config>(p)) return false;
+  return is_staged<Config>(p) ? visit(FewPrefixRecords<Config, true>{})
+                              : visit(FewPrefixRecords<Config, false>{});
+}
+
+template <class Body>
+bool fits_page(const DecodeParams& p) {
+  return p.paging.page_size.value % Body::T::kRowsPerLane == 0;
+}
+
+template <class Config, class Visit, class... Items>
+bool visit_raw_body(TypeList<Items...> list, const DecodeParams& p, int64_t geometry,
+                    Visit&& visit) {
+  constexpr int64_t kAnyPage = decltype(list)::kSize;  // the index of the last one's other kernel
+  const int64_t channels = int64_t{p.num_groups} * p.batch * Config::kHeadDim;
+  const bool clusters = has_clusters();
+  int64_t index = 0;
+  const bool visited = visit_any(list, [&](auto item) {
+    using Item = decltype(item);
+    using Body = RawRecords<Config, typename Item::Geometry, false>;
+    const bool is_candidate =
+        geometry < 0 ? channels <= Item::kMostChannels : geometry == index;
+    ++index;
+    if (!is_candidate || !fits_page<Body>(p)) return false;
+    if (Body::kCluster > 1 && !clusters) return false;
+    return visit(Body{});
+  });
+  if (visited || (geometry >= 0 && geometry != kAnyPage)) return visited;
+  using Last = std::tuple_element_t<kAnyPage - 1, std::tuple<Items...>>;
+  using Body = RawRecords<Config, typename Last::Geometry, true>;
+  static_assert(Body::kCluster == 1, "the last geometry serves chips without clusters, too");
+  return visit(Body{});
+}
+
+template <class Config, class Visit>
+bool visit_body(const DecodeRecordsCall& call, int64_t geometry, Visit&& visit) {
+  if constexpr (may_hold(kDTypeOf<typename Config::State>, StateFormat::kPrefix)) {
+    if (call.state_format == StateFormat::kPrefix) {
+      return visit_prefix_body<Config>(call.params, geometry, visit);
+    }
+  }
+  using Geometries = RecordGeometriesOf<typename Config::KindType>;
+  return visit_raw_body<Config>(typename Geometries::List{}, call.params, geometry, visit);
+}
+
+template <class Kernel, class... Params>
+void launch_in_clusters(cudaStream_t stream, Kernel kernel, dim3 grid, int threads, int cluster,
+                        const Params&... params) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, params...);
+}
+
+template <class Body>
+typename Body::Params params_of(const DecodeRecordsCall& call) {
+  return {call.params, RecordParams(call.params.records, call.format, Body::D)};
+}
+
+// CTAs of all requests along x.
+template <class Body>
+int64_t ctas_of(const DecodeRecordsCall& call) {
+  return int64_t{call.params.batch} * Body::ctas_of(call.params);
+}
+template <class Body>
+unsigned windows_of(const DecodeParams& p) {
+  return Body::kHasWindows ? p.num_windows : 1;
+}
+inline constexpr int64_t kMaxGridX = 2147483647, kMaxGridYZ = 65535;
+
+template <class Body>
+const char* launch_body(cudaStream_t stream, const DecodeRecordsCall& call) {
+  const DecodeParams& p = call.params;
+  const int64_t ctas = ctas_of<Body>(call);
+  if (ctas > kMaxGridX || p.num_groups > kMaxGridYZ || p.num_windows > kMaxGridYZ) {
+    return "batch, next_n: too many requests, rows or groups for one launch";
+  }
+  const dim3 grid(static_cast<unsigned>(ctas), windows_of<Body>(p), p.num_groups);
+  launch_in_clusters(stream, decode_records_kernel<Body>, grid, Body::kThreads, Body::kCluster,
+                     params_of<Body>(call));
+  return nullptr;
+}
+
+// The smaller compressor's CTAs come first: there is little of them, and it must not come last.
+template <class First, class Second>
+bool launch_two_bodies(cudaStream_t stream, const DecodeRecordsCall& first,
+                       const DecodeRecordsCall& second) {
+  static_assert(First::kCluster == 1 && Second::kCluster == 1, "a pair has no clusters");
+  const DecodeParams& p = first.params;
+  const int64_t first_ctas = ctas_of<First>(first), ctas = first_ctas + ctas_of<Second>(second);
+  if (ctas > kMaxGridX || p.num_groups > kMaxGridYZ || p.num_windows > kMaxGridYZ) return false;
+  const dim3 grid(static_cast<unsigned>(ctas), windows_of<First>(p), p.num_groups);
+  launch_in_clusters(stream, decode_two_records_kernel<First, Second>, grid,
+                     std::max(First::kThreads, Second::kThreads), 1, params_of<First>(first),
+                     params_of<Second>(second), static_cast<uint32_t>(first_ctas));
+  return true;
+}
+
+// Both in one launch, if they are such a pair; each in the geometry that it would have alone.
+template <class Types>
+bool launch_pair(cudaStream_t stream, const DecodeRecordsCall& main,
+                 const DecodeRecordsCall& indexer) {
+  using Main = Config<MainKind, Types>;
+  using Indexer = Config<IndexerKind, Types>;
+  if constexpr (may_hold(kDTypeOf<typename Types::State>, StateFormat::kPrefix)) {
+    if (main.state_format == StateFormat::kPrefix) {
+      const auto both = [&](auto is) { return is(main.params) && is(indexer.params); };
+      if (!is_few<MainKind>(main.params) || !both(fits_few<Main>)) {
+        return launch_two_bodies<PrefixRecords<Indexer>, PrefixRecords<Main>>(stream, indexer,
+                                                                              main);
+      }
+      return both(is_staged<Main>)
+                 ? launch_two_bodies<FewPrefixRecords<Indexer, true>, FewPrefixRecords<Main, true>>(
+                       stream, indexer, main)
+                 : launch_two_bodies<FewPrefixRecords<Indexer, false>,
+                                     FewPrefixRecords<Main, false>>(stream, indexer, main);
+    }
+  }
+  const auto launch = [&](auto of_main, auto of_indexer) {
+    using M = RawRecords<Main, typename decltype(of_main)::Geometry, false>;
+    using I = RawRecords<Indexer, typename decltype(of_indexer)::Geometry, false>;
+    if (!fits_page<M>(main.params) || !fits_page<I>(indexer.params)) return false;
+    return launch_two_bodies<I, M>(stream, indexer, main);
+  };
+  return visit_any(typename RecordGeometriesOf<MainKind>::List{}, [&](auto of_main) {
+    return visit_any(typename RecordGeometriesOf<IndexerKind>::List{},
+                     [&](auto of_indexer) { return launch(of_main, of_indexer); });
+  });
+}
+
+// The dtypes of a step that has no compressed values.
+using RecordDTypes = TypeList<DTypes<bf16, f32, f32>, DTypes<bf16, bf16, f32>,
+                              DTypes<f32, f32, f32>, DTypes<f32, bf16, f32>>;
+
+inline bool launch_as_pair(cudaStream_t stream, const DecodeRecordsCall& a,
+                           const DecodeRecordsCall& b) {
+  const bool main_is_first = a.selection.head_dim > b.selection.head_dim;
+  const DecodeRecordsCall &main = main_is_first ? a : b, &indexer = main_is_first ? b : a;
+  return main.selection.is_of(MainKind{}) && indexer.selection.is_of(IndexerKind{}) &&
+         main.state_format == indexer.state_format &&
+         visit_any(RecordDTypes{}, [&](auto types) {
+           using Types = decltype(types);
+           return is_of<Types>(main.selection) && is_of<Types>(indexer.selection) &&
+                  launch_pair<Types>(stream, main, indexer);
+         });
+}
+
+// In the geometry of this index, or of our choice where it is negative. Returns what is wrong with
+// the call, or null: launch errors proper are left to cudaGetLastError.
+inline const char* launch_decode_records(cudaStream_t stream, const DecodeRecordsCall* calls,
+                                         size_t count, int64_t geometry) {
+  if (count == 2 && geometry < 0 && launch_as_pair(stream, calls[0], calls[1])) return nullptr;
+  for (size_t i = 0; i < count; ++i) {
+    const DecodeRecordsCall& call = calls[i];
+    const char* problem = "geometry: not for this call";
+    visit_any(Kinds{}, [&](auto kind) {
+      return call.selection.is_of(kind) && visit_any(RecordDTypes{}, [&](auto types) {
+               using Types = decltype(types);
+               if (!is_of<Types>(call.selection)) return false;
+               return visit_body<Config<decltype(kind), Types>>(call, geometry, [&](auto body) {
+                 problem = launch_body<decltype(body)>(stream, call);
+                 return true;
+               });
+             });
+    });
+    if (problem != nullptr) return problem;
+  }
+  return nullptr;
 }
 
 }  // namespace jax_dsv4

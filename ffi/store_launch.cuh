@@ -11,13 +11,13 @@
 
 namespace jax_dsv4 {
 
-// Few values are spread over the whole chip, each in a CTA of one warp. Of many, each has the lanes
+// Few values are spread over the whole chip, each in a CTA of its own. Of many, each has the lanes
 // that it needs, in CTAs of four warps.
 inline constexpr int64_t kFewValues = 1024;
 inline constexpr uint32_t kStoreThreads = 128;
 
 template <class Record>
-using StageOfFew = RecordStage<Record::kHeadDim, 32>;
+using StageOfFew = RecordStage<Record::kHeadDim, Record::kHeadDim / 4>;
 template <class Record>
 using StageOfMany = RecordStage<Record::kHeadDim, Record::kHeadDim / 16>;
 
@@ -32,6 +32,7 @@ __global__ void __launch_bounds__(kStoreThreads, 8)
   const uint32_t index = is_value ? thread / Stage::kLanes : p.num_values - 1;
 
   // All is loaded at once, but the row of the table; and so it is for a value that goes nowhere.
+  __shared__ typename Stage::Exchange exchange;
   const uint32_t group = blockIdx.y;
   const RecordPages pages = pages_of(p.pool, group);
   const int32_t slot = p.slots[group * p.slots_stride + index];
@@ -49,7 +50,8 @@ __global__ void __launch_bounds__(kStoreThreads, 8)
     stage.load_rotation(p.table + row * kRopeDim, p.options.interleaved, operands);
   }
   stage.template transform<kFormat != RecordFormat::kFp8DsMla>(
-      operands, p.norm_weight != nullptr, p.table != nullptr, p.options, kIsQuantized<kFormat>);
+      operands, p.norm_weight != nullptr, p.table != nullptr, p.options, kIsQuantized<kFormat>,
+      &exchange);
   stage.template store<kFormat>(p.options, place.exists,
                                 RecordRow<typename Record::Layout>(p.pool, pages, place),
                                 p.pool.is_16b_aligned);
@@ -67,7 +69,7 @@ void launch_store_records_in(cudaStream_t stream, const StoreParams& p, uint32_t
 template <class Record>
 void launch_store_records(cudaStream_t stream, const StoreParams& p) {
   if (p.num_groups * int64_t{p.num_values} <= kFewValues) {
-    launch_store_records_in<Record, StageOfFew<Record>>(stream, p, 32);
+    launch_store_records_in<Record, StageOfFew<Record>>(stream, p, StageOfFew<Record>::kLanes);
   } else {
     launch_store_records_in<Record, StageOfMany<Record>>(stream, p, kStoreThreads);
   }

@@ -49,4 +49,38 @@ struct GeometriesOf<Kind<kHeadDim, 128, false>> {
 // this, and all of them beyond.
 inline constexpr int64_t kFewPrefixChannels = 24 * 512;
 
+// The same of a step that ends in records, where few requests have CTAs for their values.
+template <class Kind>
+inline constexpr int64_t kFewPrefixRecordChannels = (Kind::kOverlap ? 24 : 64) * 512;
+
+// The geometries of a kind in a step on raw states that ends in records: at most 8 CTAs, one
+// cluster, share a window. A call takes the first whose kMostChannels its requests x head_dim do
+// not pass, and whose page size fits; where none does, the last, which has no cluster, with its rows
+// looked up one by one.
+template <int64_t kMostChannels_, class Geometry_>
+struct UpTo {
+  static constexpr int64_t kMostChannels = kMostChannels_;
+  using Geometry = Geometry_;
+};
+inline constexpr int64_t kAnyChannels = int64_t{1} << 62;
+template <class Kind>
+struct RecordGeometriesOf;
+template <int kHeadDim>
+struct RecordGeometriesOf<Kind<kHeadDim, 128, false>> {
+  using List = TypeList<UpTo<8 * 512, Geometry<8, 16, 8, 2>>, UpTo<32 * 512, Geometry<4, 16, 8, 4>>,
+                        UpTo<kAnyChannels, Geometry<16, 128, 8, 1>>>;
+};
+template <>
+struct RecordGeometriesOf<Kind<512, 4, true>> {
+  using List = TypeList<UpTo<kAnyChannels, Geometry<8, 128, 4, 1>>>;
+};
+template <>
+struct RecordGeometriesOf<Kind<128, 4, true>> {
+  using List = TypeList<UpTo<kAnyChannels, Geometry<4, 32, 2, 1>>>;
+};
+template <>
+struct RecordGeometriesOf<Kind<512, 2, false>> {
+  using List = TypeList<UpTo<kAnyChannels, Geometry<4, 128, 2, 1>>>;
+};
+
 }  // namespace jax_dsv4
