@@ -178,24 +178,24 @@ inline constexpr int kAllBarrier = 1;
 
 // Grid: x = requests x (windows, then column slices). A CTA of a window makes its record, and stores
 // no row; those of column slices store the rows.
-template <class Config, int kRowVector>
+template <class Config, int kThreads_, int kRowVector>
 struct PrefixRowTile : PrefixTokenTile<Config> {
-  static constexpr int kVector = kRowVector;
-  static constexpr int kSlices = Config::kHeadDim / (32 * kVector);
+  static constexpr int kVector = kRowVector, kThreads = kThreads_;
+  static constexpr int kLanes = kThreads / PrefixTokenTile<Config>::kTokens;  // of a token
+  static constexpr int kSlices = Config::kHeadDim / (kLanes * kVector);
   static constexpr bool kHasValue = false;
 };
-template <class Config>
+template <class Config, int kThreads_>
 struct PrefixValueTile : PrefixTokenTile<Config> {
-  static constexpr int kVector = 4;
-  static constexpr int kThreads = Config::kHeadDim / kVector;
+  static constexpr int kThreads = kThreads_, kVector = Config::kHeadDim / kThreads;
   static constexpr int kFirstHalf = PrefixTokenTile<Config>::kHalves - 1;
 };
 
-template <class Config, bool kStaged, int kRowVector>
+template <class Config, bool kStaged, int kThreads_, int kRowVector>
 struct PrefixTokenRecords {
-  using T = PrefixRowTile<Config, kRowVector>;
+  using T = PrefixRowTile<Config, kThreads_, kRowVector>;
   using Plan = RecordPlan<Config::kHeadDim>;
-  static constexpr int kCluster = 1, kThreads = T::kThreads, kMinCtas = 1;
+  static constexpr int kCluster = 1, kThreads = kThreads_, kMinCtas = 1;
   static constexpr bool kHasWindows = false;  // along y
   static uint32_t ctas_of(const DecodeParams&) { return T::kWindows + T::kSlices; }
   static constexpr int R = Config::kRatio, D = Config::kHeadDim;
@@ -207,7 +207,7 @@ struct PrefixTokenRecords {
     Params(const DecodeRecordsParams& p, const RecordParams& records) : step(p), records(records) {}
   };
 
-  using V = PrefixValueTile<Config>;
+  using V = PrefixValueTile<Config, kThreads>;
   using RowStep = PrefixTokenStep<Config, kStaged, T>;
   using ValueStep = PrefixTokenStep<Config, kStaged, V>;
   union SharedPlan {
@@ -220,8 +220,9 @@ struct PrefixTokenRecords {
 
   static __device__ __forceinline__ void store_rows(const Params& p, SharedPlan& smem,
                                                     uint32_t index, int slice) {
-    RowStep step(p.step, smem.rows, index, (32 * slice + threadIdx.x % 32) * T::kVector,
-                 threadIdx.x / 32);
+    RowStep step(p.step, smem.rows, index,
+                 (T::kLanes * slice + threadIdx.x % T::kLanes) * T::kVector,
+                 threadIdx.x / T::kLanes);
     step.load_lengths();
     step.copy_tables();
     step.load_new_rows();
@@ -237,7 +238,6 @@ struct PrefixTokenRecords {
 
   static __device__ __forceinline__ void make_record(const Params& p, SharedPlan& smem,
                                                      uint32_t index, int m) {
-    if (threadIdx.x >= V::kThreads) return;
     ValueStep step(p.step, smem.value.step, index, threadIdx.x * V::kVector, 0);
     step.load_lengths();
     step.copy_tables();
@@ -249,13 +249,32 @@ struct PrefixTokenRecords {
     step.look_up_rows();
     step.load_rows_before();
     const uint32_t window = static_cast<uint32_t>(step.token) / R;
+    constexpr bool kAllMake = V::kThreads == Plan::kThreads;  // and have the value's four channels
+    const bool makes = kAllMake || threadIdx.x < Plan::kThreads;
     RecordMaker<D> maker(p.records, smem.value.record, threadIdx.x);
-    maker.start(step.group, index, window, window * R);
+    if (makes) {
+      maker.start(step.group, index, window, window * R);
+    } else {
+      commit_copies();  // a group of copies, as the others
+    }
     step.template merge_new_rows<1>();
-    const auto ready = maker.prepare(step.group, window);
+    typename RecordMaker<D>::Ready ready;
+    if (makes) {
+      ready = maker.prepare(step.group, window);
+    } else {
+      wait_for_copies<0>();
+    }
     step.merge_open();
+    if constexpr (kAllMake) {
 #pragma unroll
-    for (int v = 0; v < V::kVector; ++v) maker.stage.x[0][v] = step.value(v);
+      for (int v = 0; v < V::kVector; ++v) maker.stage.x[0][v] = step.value(v);
+    } else {
+#pragma unroll
+      for (int v = 0; v < V::kVector; ++v) maker.plan.value[step.column + v] = step.value(v);
+      __syncthreads();  // the value, before a thread takes its channels
+      if (!makes) return;
+      maker.stage.take_value(maker.plan.value);
+    }
     maker.finish(ready);
   }
 

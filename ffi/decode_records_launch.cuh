@@ -31,7 +31,8 @@ inline bool has_clusters() {
 // A CTA for each window, and others for the rows: for how many requests, and what they must be.
 template <class Kind>
 bool is_few(const DecodeParams& p) {
-  return int64_t{p.num_groups} * p.batch * Kind::kHeadDim <= kFewPrefixRecordChannels<Kind>;
+  return int64_t{p.num_groups} * p.batch * Kind::kHeadDim <=
+         PrefixRecordGeometryOf<Kind>::kFewChannels;
 }
 template <class Config>
 bool fits_few(const DecodeParams& p) {
@@ -43,9 +44,11 @@ template <class Config>
 bool is_staged(const DecodeParams& p) {
   return p.paging.max_pages <= PrefixTokenTile<Config>::kEntries;
 }
-inline constexpr int kRowVector = 2;  // columns of a thread that stores rows
 template <class Config, bool kStaged>
-using FewPrefixRecords = PrefixTokenRecords<Config, kStaged, kRowVector>;
+using FewPrefixRecords =
+    PrefixTokenRecords<Config, kStaged,
+                       PrefixRecordGeometryOf<typename Config::KindType>::kThreads,
+                       PrefixRecordGeometryOf<typename Config::KindType>::kRowVector>;
 
 // Calls visit(Body) for the kernel of a call in the geometry of this index, or of our choice where
 // it is negative; false: there is none.

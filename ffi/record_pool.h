@@ -84,6 +84,7 @@ struct RecordBytes {
   uint8_t* data;
   uint8_t* scales;
 
+  RecordBytes() = default;
   // Of so many bytes each in a record.
   JAX_DSV4_HD RecordBytes(const RecordPool& pool, const RecordPages& pages,
                           const RecordPlace& place, int data_bytes, int scale_bytes)

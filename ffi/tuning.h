@@ -49,9 +49,14 @@ struct GeometriesOf<Kind<kHeadDim, 128, false>> {
 // this, and all of them beyond.
 inline constexpr int64_t kFewPrefixChannels = 24 * 512;
 
-// The same of a step that ends in records, where few requests have CTAs for their values.
+// The same of a step that ends in records. Few requests have CTAs of so many threads for their
+// values, and others for their rows, of which a thread has so many columns.
 template <class Kind>
-inline constexpr int64_t kFewPrefixRecordChannels = (Kind::kOverlap ? 24 : 64) * 512;
+struct PrefixRecordGeometryOf {
+  static constexpr int64_t kFewChannels = (Kind::kOverlap ? 24 : 64) * 512;
+  static constexpr int kThreads = Kind::kOverlap && Kind::kHeadDim > 128 ? 256 : 128;
+  static constexpr int kRowVector = 2;
+};
 
 // The geometries of a kind in a step on raw states that ends in records: at most 8 CTAs, one
 // cluster, share a window. A call takes the first whose kMostChannels its requests x head_dim do
