@@ -262,7 +262,8 @@ struct PrefixTokenStep {
       const uint32_t phase = static_cast<uint32_t>(position_of(first_position, j)) % R;
 #pragma unroll
       for (int half = kFirstHalf; half < kHalves; ++half) {
-        copy_if<kVector>(p.ape != nullptr, &smem.biases[j][half - kFirstHalf][at], ape + phase * S + half * D);
+        copy_if<kVector>(p.ape != nullptr, &smem.biases[j][half - kFirstHalf][at],
+                         ape + phase * S + half * D);
       }
     }
     commit_copies();
@@ -301,7 +302,8 @@ struct PrefixTokenStep {
     for (int half = kFirstHalf; half < kHalves; ++half) {
       Vector<float, kVector> none_lse, none_mean;
 #pragma unroll
-      for (int v = 0; v < kVector; ++v) none_lse.x[v] = Prefix{}.lse, none_mean.x[v] = Prefix{}.mean;
+      for (int v = 0; v < kVector; ++v)
+        none_lse.x[v] = Prefix{}.lse, none_mean.x[v] = Prefix{}.mean;
       const auto lse = load_if(is_open, score + uint64_t{score_from} * S + half * D, none_lse);
       const auto mean = load_if(is_open, kv + uint64_t{kv_from} * S + half * D, none_mean);
 #pragma unroll
@@ -376,7 +378,7 @@ struct PrefixTokenStep {
     if (has_before) window = merge({smem.before_lse[at + v], smem.before_mean[at + v]}, window);
     return value_of(window);
   }
-  __device__ int window() const {  // which of the step's
+  __device__ int window() const {              // which of the step's
     const int start = max(first_position, 0);  // of the first token that is stored
     return T::kWindows == 1 ? 0 : token / R - start / R;
   }

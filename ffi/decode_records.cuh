@@ -1,8 +1,8 @@
 // A decode step that ends in records, on an NVIDIA GPU: device code only.
 //
 // The threads that decode are those of decode_raw.cuh and decode_prefix.cuh. A record is made where
-// all of its value is, by a thread for four channels: by a CTA that has all channels of a window, or
-// by one CTA of a cluster, into whose shared memory the others send theirs. What a record needs
+// all of its value is, by a thread for four channels: by a CTA that has all channels of a window,
+// or by one CTA of a cluster, into whose shared memory the others send theirs. What a record needs
 // beside its value is loaded while the value is made. A request that completes no window makes its
 // CTAs do nothing of this.
 
@@ -83,8 +83,7 @@ struct RecordMaker {
     const int channel = stage.channel(0);
     copy_if<4>(p.norm_weight != nullptr, &plan.weight[channel],
                p.norm_weight + int64_t{group} * p.weight_stride * kHeadDim + channel);
-    const bool rotates =
-        p.cos_sin != nullptr && has_position && channel >= kHeadDim - kRopeDim;
+    const bool rotates = p.cos_sin != nullptr && has_position && channel >= kHeadDim - kRopeDim;
     const float* const row = p.cos_sin + (group * p.cos_sin_stride + position) * kRopeDim;
     const int first = channel % kRopeDim / 2;  // of 32 pairs
     float* const rotation = plan.rotation[stage.lane % Plan::kRotating];
@@ -119,20 +118,19 @@ struct RecordMaker {
     const RecordPages pages = pages_of(p.pool, group);
     const uint32_t row = window - window / p.pool.page_size * p.pool.page_size.value;
     float eps = p.options.rms_norm_eps;
-    uint32_t flags = static_cast<uint32_t>(p.format) |
-                     static_cast<uint32_t>(p.options.rounding) << 4 |
-                     static_cast<uint32_t>(p.options.scales) << 6 |
-                     (p.norm_weight != nullptr ? kHasNorm : 0) |
-                     (p.cos_sin != nullptr ? kHasRotation : 0) |
-                     (p.options.hadamard ? kHadamard : 0) |
-                     (p.options.scale_floor ? kScaleFloor : 0) |
-                     (p.pool.is_16b_aligned ? kIsAligned : 0);
+    uint32_t flags =
+        static_cast<uint32_t>(p.format) | static_cast<uint32_t>(p.options.rounding) << 4 |
+        static_cast<uint32_t>(p.options.scales) << 6 | (p.norm_weight != nullptr ? kHasNorm : 0) |
+        (p.cos_sin != nullptr ? kHasRotation : 0) | (p.options.hadamard ? kHadamard : 0) |
+        (p.options.scale_floor ? kScaleFloor : 0) | (p.pool.is_16b_aligned ? kIsAligned : 0);
     asm volatile("" : "+r"(flags), "+f"(eps));
     wait_for_copies<0>();
     const auto page = static_cast<uint32_t>(plan.page[stage.lane]);
     const bool exists = page < pages.count;
     const RecordPlace place = {exists, exists ? page : 0, exists ? row : 0};
-    Ready ready = {{}, RecordBytes(p.pool, pages, place, p.data_bytes, p.scale_bytes), eps,
+    Ready ready = {{},
+                   RecordBytes(p.pool, pages, place, p.data_bytes, p.scale_bytes),
+                   eps,
                    flags | (exists ? kExists : 0)};
     ready.operands.weight[0] = load<float, 4>(&plan.weight[stage.channel(0)]);
     const float* const rotation = plan.rotation[stage.lane % Plan::kRotating];
@@ -161,12 +159,18 @@ struct RecordMaker {
     };
     using F = RecordFormat;
     switch (format) {
-      case F::kF32: return store_in(Record<F::kF32, kHeadDim>{});
-      case F::kBf16: return store_in(Record<F::kBf16, kHeadDim>{});
-      case F::kFp8: return store_in(Record<F::kFp8, kHeadDim>{});
-      case F::kFp8DsMla: return store_in(Record<F::kFp8DsMla, kHeadDim>{});
-      case F::kFp8Block128: return store_in(Record<F::kFp8Block128, kHeadDim>{});
-      case F::kMxfp4: return store_in(Record<F::kMxfp4, kHeadDim>{});
+      case F::kF32:
+        return store_in(Record<F::kF32, kHeadDim>{});
+      case F::kBf16:
+        return store_in(Record<F::kBf16, kHeadDim>{});
+      case F::kFp8:
+        return store_in(Record<F::kFp8, kHeadDim>{});
+      case F::kFp8DsMla:
+        return store_in(Record<F::kFp8DsMla, kHeadDim>{});
+      case F::kFp8Block128:
+        return store_in(Record<F::kFp8Block128, kHeadDim>{});
+      case F::kMxfp4:
+        return store_in(Record<F::kMxfp4, kHeadDim>{});
     }
   }
 };
@@ -176,8 +180,8 @@ inline constexpr int kAllBarrier = 1;
 
 // ---------------------------------------------------------- prefixes, for few requests
 
-// Grid: x = requests x (windows, then column slices). A CTA of a window makes its record, and stores
-// no row; those of column slices store the rows.
+// Grid: x = requests x (windows, then column slices). A CTA of a window makes its record, and
+// stores no row; those of column slices store the rows.
 template <class Config, int kThreads_, int kRowVector>
 struct PrefixRowTile : PrefixTokenTile<Config> {
   static constexpr int kVector = kRowVector, kThreads = kThreads_;
@@ -292,8 +296,8 @@ struct PrefixTokenRecords {
 
 // --------------------------------------------------------- prefixes, for many requests
 
-// A CTA has all columns of a request; some of its threads make a record while the others go on, with
-// two plans in turn.
+// A CTA has all columns of a request; some of its threads make a record while the others go on,
+// with two plans in turn.
 template <class Config>
 struct PrefixRecords {
   using T = PrefixTile<Config, 256>;
@@ -317,7 +321,7 @@ struct PrefixRecords {
   };
 
   static __device__ __forceinline__ void run(const Params& p, SharedPlan& smem, uint32_t index) {
-    Plan (&plans)[2] = smem.plans;
+    Plan(&plans)[2] = smem.plans;
     if (threadIdx.x >= kThreads) return;
     const uint32_t group = blockIdx.z;
     prefetch_tables(p, group, index);
@@ -418,7 +422,8 @@ struct RawRecords {
     const Request<Config> r = request_at<Config>(p, group, index);
     if (!kIsCluster && __builtin_expect(part > 0, 0)) {
       const int t = (part - 1) * Geometry::kWarps + threadIdx.x / 32;
-      if (t < p.next_n && blockIdx.y == 0) write_row<Config, T::kRowVector, false>(p, r, t, nullptr);
+      if (t < p.next_n && blockIdx.y == 0)
+        write_row<Config, T::kRowVector, false>(p, r, t, nullptr);
       return;
     }
     const int window = r.first_window + blockIdx.y;

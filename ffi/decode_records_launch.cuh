@@ -1,5 +1,5 @@
-// From a checked call to one kernel on a stream, or to one for each compressor where the compressors
-// are not a pair that is compiled together. No XLA types.
+// From a checked call to one kernel on a stream, or to one for each compressor where the
+// compressors are not a pair that is compiled together. No XLA types.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,7 +16,8 @@
 
 namespace jax_dsv4 {
 
-// What is compiled to run together: a layer's main compressor and its indexer's, of the same dtypes.
+// What is compiled to run together: a layer's main compressor and its indexer's, of the same
+// dtypes.
 using MainKind = Kind<512, 4, true>;
 using IndexerKind = Kind<128, 4, true>;
 
@@ -46,8 +47,7 @@ bool is_staged(const DecodeParams& p) {
 }
 template <class Config, bool kStaged>
 using FewPrefixRecords =
-    PrefixTokenRecords<Config, kStaged,
-                       PrefixRecordGeometryOf<typename Config::KindType>::kThreads,
+    PrefixTokenRecords<Config, kStaged, PrefixRecordGeometryOf<typename Config::KindType>::kThreads,
                        PrefixRecordGeometryOf<typename Config::KindType>::kRowVector>;
 
 // Calls visit(Body) for the kernel of a call in the geometry of this index, or of our choice where
@@ -77,8 +77,7 @@ bool visit_raw_body(TypeList<Items...> list, const DecodeParams& p, int64_t geom
   const bool visited = visit_any(list, [&](auto item) {
     using Item = decltype(item);
     using Body = RawRecords<Config, typename Item::Geometry, false>;
-    const bool is_candidate =
-        geometry < 0 ? channels <= Item::kMostChannels : geometry == index;
+    const bool is_candidate = geometry < 0 ? channels <= Item::kMostChannels : geometry == index;
     ++index;
     if (!is_candidate || !fits_page<Body>(p)) return false;
     if (Body::kCluster > 1 && !clusters) return false;
@@ -202,8 +201,7 @@ inline bool launch_as_pair(cudaStream_t stream, const DecodeRecordsCall& a,
   const bool main_is_first = a.selection.head_dim > b.selection.head_dim;
   const DecodeRecordsCall &main = main_is_first ? a : b, &indexer = main_is_first ? b : a;
   return main.selection.is_of(MainKind{}) && indexer.selection.is_of(IndexerKind{}) &&
-         main.state_format == indexer.state_format &&
-         visit_any(RecordDTypes{}, [&](auto types) {
+         main.state_format == indexer.state_format && visit_any(RecordDTypes{}, [&](auto types) {
            using Types = decltype(types);
            return is_of<Types>(main.selection) && is_of<Types>(indexer.selection) &&
                   launch_pair<Types>(stream, main, indexer);

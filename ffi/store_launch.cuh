@@ -49,9 +49,9 @@ __global__ void __launch_bounds__(kStoreThreads, 8)
     const int64_t row = group * p.table_stride + (place.exists ? position : 0);
     stage.load_rotation(p.table + row * kRopeDim, p.options.interleaved, operands);
   }
-  stage.template transform<kFormat != RecordFormat::kFp8DsMla>(
-      operands, p.norm_weight != nullptr, p.table != nullptr, p.options, kIsQuantized<kFormat>,
-      &exchange);
+  stage.template transform<kFormat != RecordFormat::kFp8DsMla>(operands, p.norm_weight != nullptr,
+                                                               p.table != nullptr, p.options,
+                                                               kIsQuantized<kFormat>, &exchange);
   stage.template store<kFormat>(p.options, place.exists,
                                 RecordRow<typename Record::Layout>(p.pool, pages, place),
                                 p.pool.is_16b_aligned);

@@ -174,6 +174,18 @@ def each_alone(rows, compressors, caches, tables, **keywords):
     return tuple(jax.jit(decode_records)(*own, LENS, **keywords) for own in given)
 
 
+def check_alike(got, want):
+    """Equal bits on a CPU. On a GPU sums may be of another order: a byte in 1,000 of records."""
+    if jax.tree.leaves(got)[0].devices().pop().platform == "cpu":
+        return check_equal(got, want)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        if x.dtype == np.uint8:
+            assert np.sum(x != y) <= 2 + 1e-3 * np.sum(y != 0xA5)
+        else:
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("implementation", ("ffi", "xla"))
 @pytest.mark.parametrize("state_format", ("raw", "prefix"))
 @pytest.mark.parametrize("name", KINDS)
@@ -192,7 +204,7 @@ def test_a_step_is_its_parts(name, state_format, implementation, device):
             for q_lens, own in ((None, tables), (Q_LENS, tables), (None, short), (None, bad)):
                 got = step(rows, compressor, cache, own, lens, q_lens=q_lens)
                 want, count = by_parts(rows, compressor, cache, own, lens, q_lens, implementation)
-                check_equal(got, want)
+                check_alike(got, want)
                 num_stored += count
             cache = got
     assert num_stored >= 5
@@ -223,7 +235,7 @@ def test_several_compressors_are_each_alone(apart, implementation, device):
         got = step(given, *own, LENS, **options)
         assert isinstance(got, tuple)
         alone = zip(split_rows(rows), *own, strict=True)
-        check_equal(got, tuple(step(*x, LENS, **options) for x in alone))
+        check_alike(got, tuple(step(*x, LENS, **options) for x in alone))
 
 
 CASES = cases.in_formats([*cases.MTP, *cases.IN_REGIMES, *cases.LONG_TABLES])
