@@ -69,23 +69,16 @@ struct UpTo {
 };
 inline constexpr int64_t kAnyChannels = int64_t{1} << 62;
 template <class Kind>
-struct RecordGeometriesOf;
+struct RecordGeometriesOf {
+  static_assert(Kind::kReducedRows <= 32, "a long window needs geometries of its own");
+  static constexpr int kLanes = Kind::kHeadDim / 4;  // one CTA of at most 256 threads
+  static constexpr int kRowGroups = std::max(1, std::min(Kind::kReducedRows / 2, 256 / kLanes));
+  using List = TypeList<UpTo<kAnyChannels, Geometry<kLanes * kRowGroups / 32, kLanes, 4, 1>>>;
+};
 template <int kHeadDim>
 struct RecordGeometriesOf<Kind<kHeadDim, 128, false>> {
   using List = TypeList<UpTo<8 * 512, Geometry<8, 16, 8, 2>>, UpTo<32 * 512, Geometry<4, 16, 8, 4>>,
                         UpTo<kAnyChannels, Geometry<16, 128, 8, 1>>>;
-};
-template <>
-struct RecordGeometriesOf<Kind<512, 4, true>> {
-  using List = TypeList<UpTo<kAnyChannels, Geometry<8, 128, 4, 1>>>;
-};
-template <>
-struct RecordGeometriesOf<Kind<128, 4, true>> {
-  using List = TypeList<UpTo<kAnyChannels, Geometry<4, 32, 2, 1>>>;
-};
-template <>
-struct RecordGeometriesOf<Kind<512, 2, false>> {
-  using List = TypeList<UpTo<kAnyChannels, Geometry<4, 128, 2, 1>>>;
 };
 
 }  // namespace jax_dsv4
