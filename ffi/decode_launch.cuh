@@ -17,7 +17,7 @@ namespace jax_dsv4 {
 template <class Config, class... Geometries>
 constexpr bool ends_with_any_page(TypeList<Geometries...>) {
   bool any_page = false;
-  ((any_page = Tile<Config, Geometries>::kRowsPerLane == 1), ...);
+  ((any_page = Tile<Config, GeometryFor<Config, Geometries>>::kRowsPerLane == 1), ...);
   return any_page;
 }
 
@@ -32,7 +32,7 @@ bool launch_raw_kernel(cudaStream_t stream, const DecodeParams& p, int64_t geome
   const int64_t first = channels <= Geometries::kFewChannels ? Geometries::kFew : 0;
   int64_t index = 0;
   return visit_any(typename Geometries::List{}, [&](auto geometry) {
-    using Geometry = decltype(geometry);
+    using Geometry = GeometryFor<Config, decltype(geometry)>;
     using T = Tile<Config, Geometry>;
     const bool is_candidate = geometry_index < 0 ? index >= first : index == geometry_index;
     ++index;
@@ -44,24 +44,34 @@ bool launch_raw_kernel(cudaStream_t stream, const DecodeParams& p, int64_t geome
   });
 }
 
+template <class Config, class T>
+void launch_prefix_token_kernel(cudaStream_t stream, const DecodeParams& p) {
+  const dim3 grid(p.batch * T::kSlices, 1, p.num_groups);
+  const auto kernel = p.paging.max_pages <= T::kEntries ? prefix_token_kernel<Config, T, true>
+                                                        : prefix_token_kernel<Config, T, false>;
+  kernel<<<grid, T::kThreads, 0, stream>>>(PrefixTokenParams(p));
+}
+
 template <class Config>
 void launch_prefix_kernel(cudaStream_t stream, const DecodeParams& p) {
   using Token = PrefixTokenTile<Config>;
   using T = PrefixTile<Config>;
   const int64_t channels = int64_t{p.num_groups} * p.batch * Config::kHeadDim;
-  // To the kernel for few requests, tables at one address are one table: not if groups share only
+  // To the kernels for few requests, tables at one address are one table: not if groups share only
   // one of them.
   const bool few = channels <= kFewPrefixChannels &&
                    (p.kv_tables != p.score_tables || p.kv_tables_stride == p.score_tables_stride);
   if (few && p.next_n <= Token::kTokens) {
-    const dim3 grid(p.batch * Token::kSlices, 1, p.num_groups);
-    const auto kernel = p.paging.max_pages <= Token::kEntries ? prefix_token_kernel<Config, true>
-                                                              : prefix_token_kernel<Config, false>;
-    kernel<<<grid, Token::kThreads, 0, stream>>>(PrefixTokenParams(p));
-  } else {
-    const dim3 grid(p.batch * T::kSlices, 1, p.num_groups);
-    prefix_kernel<Config><<<grid, T::kThreads, 0, stream>>>(p);
+    return launch_prefix_token_kernel<Config, Token>(stream, p);
   }
+  if constexpr (!Config::kOverlap && Config::kRatio >= 8) {
+    using MoreTokens = PrefixTokenTile<Config, 8>;
+    if (few && p.next_n <= MoreTokens::kTokens) {
+      return launch_prefix_token_kernel<Config, MoreTokens>(stream, p);
+    }
+  }
+  const dim3 grid(p.batch * T::kSlices, 1, p.num_groups);
+  prefix_kernel<Config><<<grid, T::kThreads, 0, stream>>>(p);
 }
 
 template <class Config>

@@ -35,9 +35,9 @@ __device__ __forceinline__ int position_of(int first_position, int t) {
 
 // Grid: x = requests x column slices, z = groups. A warp per token and 32 columns. It serves up to
 // kTokens new rows, and few requests only, since later tokens merge again what earlier ones merge.
-template <class Config>
+template <class Config, int kMostTokens = 4>
 struct PrefixTokenTile {
-  static constexpr int kTokens = 4;
+  static constexpr int kTokens = kMostTokens;
   static constexpr int kVector = 1;
   static constexpr int kThreads = 32 * kTokens;
   static constexpr int kSlices = Config::kHeadDim / 32;
@@ -396,12 +396,11 @@ struct PrefixTokenStep {
   }
 };
 
-template <class Config, bool kStaged>
-__global__ void __launch_bounds__(PrefixTokenTile<Config>::kThreads)
+template <class Config, class T, bool kStaged>
+__global__ void __launch_bounds__(T::kThreads)
     prefix_token_kernel(const __grid_constant__ PrefixTokenParams p) {
-  using Step = PrefixTokenStep<Config, kStaged>;
+  using Step = PrefixTokenStep<Config, kStaged, T>;
   __shared__ typename Step::SharedPlan smem;
-  using T = PrefixTokenTile<Config>;
   const int slice = blockIdx.x % T::kSlices, lane = threadIdx.x % 32;
   Step step(p, smem, blockIdx.x / T::kSlices, 32 * slice + lane, threadIdx.x / 32);
   step.load_lengths();

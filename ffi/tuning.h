@@ -25,6 +25,13 @@ struct Geometry {
   static constexpr int kMinCtas = kMinCtas_;
 };
 
+// A lane of a state of 2 bytes has twice the channels. Where lanes are few, for the sake of few
+// requests, it has as many as one of 4 bytes: half the lanes share twice the row groups.
+template <class Config, class Geometry_>
+using GeometryFor = std::conditional_t<
+    sizeof(typename Config::State) == 2 && Geometry_::kLanes == 8,
+    Geometry<Geometry_::kWarps, 4, Geometry_::kRowsInFlight, Geometry_::kMinCtas>, Geometry_>;
+
 // The geometries of a kind, on raw states. A call takes the first whose page size fits, of all of
 // them, or from kFew on while requests x head_dim is at most kFewChannels. The last serves any page
 // size.
