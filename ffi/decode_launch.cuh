@@ -17,7 +17,7 @@ namespace jax_dsv4 {
 template <class Config, class... Geometries>
 constexpr bool ends_with_any_page(TypeList<Geometries...>) {
   bool any_page = false;
-  ((any_page = Tile<Config, GeometryFor<Config, Geometries>>::kRowsPerLane == 1), ...);
+  ((any_page = Tile<Config, Geometries>::kRowsPerLane == 1), ...);
   return any_page;
 }
 
@@ -30,17 +30,24 @@ bool launch_raw_kernel(cudaStream_t stream, const DecodeParams& p, int64_t geome
                 "the last geometry of a list must have one row per lane");
   const int64_t channels = int64_t{p.num_groups} * p.batch * Config::kHeadDim;
   const int64_t first = channels <= Geometries::kFewChannels ? Geometries::kFew : 0;
-  int64_t index = 0;
-  return visit_any(typename Geometries::List{}, [&](auto geometry) {
-    using Geometry = GeometryFor<Config, decltype(geometry)>;
+  const auto launch_in = [&](auto geometry) {
+    using Geometry = decltype(geometry);
     using T = Tile<Config, Geometry>;
-    const bool is_candidate = geometry_index < 0 ? index >= first : index == geometry_index;
-    ++index;
-    if (!is_candidate || p.paging.page_size.value % T::kRowsPerLane != 0) return false;
+    if (p.paging.page_size.value % T::kRowsPerLane != 0) return false;
     const uint32_t ctas = T::kSlices + (p.next_n + Geometry::kWarps - 1) / Geometry::kWarps;
     const dim3 grid(p.batch * ctas, p.num_windows, p.num_groups);
     paged_kv_compress_kernel<Config, Geometry><<<grid, T::kThreads, 0, stream>>>(p, Divisor(ctas));
     return true;
+  };
+  if constexpr (sizeof(typename Config::State) == 2 && Geometries::kFewChannels > 0) {
+    const bool few = geometry_index < 0 && channels <= kFewHalfChannels;
+    if (few && launch_in(FewHalfGeometry{})) return true;
+  }
+  int64_t index = 0;
+  return visit_any(typename Geometries::List{}, [&](auto geometry) {
+    const bool is_candidate = geometry_index < 0 ? index >= first : index == geometry_index;
+    ++index;
+    return is_candidate && launch_in(geometry);
   });
 }
 
@@ -66,7 +73,7 @@ void launch_prefix_kernel(cudaStream_t stream, const DecodeParams& p) {
   }
   if constexpr (!Config::kOverlap && Config::kRatio >= 8) {
     using MoreTokens = PrefixTokenTile<Config, 8>;
-    if (few && p.next_n <= MoreTokens::kTokens) {
+    if (few && channels <= kFewPrefixChannelsOfMoreTokens && p.next_n <= MoreTokens::kTokens) {
       return launch_prefix_token_kernel<Config, MoreTokens>(stream, p);
     }
   }

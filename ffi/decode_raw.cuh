@@ -34,7 +34,7 @@ template <class Config, class Geometry>
 struct Tile {
   using State = typename Config::State;
   static constexpr int kThreads = 32 * Geometry::kWarps;
-  static constexpr int kVector = 16 / sizeof(State);  // channels per lane
+  static constexpr int kVector = Geometry::kLaneBytes / sizeof(State);  // channels per lane
   static constexpr int kLanes = std::min(Geometry::kLanes, Config::kHeadDim / kVector);
   static constexpr int kColumns = kLanes * kVector;
   static constexpr int kSlices = Config::kHeadDim / kColumns;

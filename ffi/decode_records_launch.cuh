@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <tuple>
+#include <type_traits>
 
 #include "config.h"
 #include "decode_records.cuh"
@@ -31,9 +32,8 @@ inline bool has_clusters() {
 
 // A CTA for each window, and others for the rows: for how many requests, and what they must be.
 template <class Kind>
-bool is_few(const DecodeParams& p) {
-  return int64_t{p.num_groups} * p.batch * Kind::kHeadDim <=
-         PrefixRecordGeometryOf<Kind>::kFewChannels;
+bool is_at_most(const DecodeParams& p, int64_t channels) {
+  return int64_t{p.num_groups} * p.batch * Kind::kHeadDim <= channels;
 }
 template <class Config>
 bool fits_few(const DecodeParams& p) {
@@ -45,21 +45,32 @@ template <class Config>
 bool is_staged(const DecodeParams& p) {
   return p.paging.max_pages <= PrefixTokenTile<Config>::kEntries;
 }
-template <class Config, bool kStaged>
+template <class Config, bool kStaged, bool kWide = false>
 using FewPrefixRecords =
     PrefixTokenRecords<Config, kStaged, PrefixRecordGeometryOf<typename Config::KindType>::kThreads,
-                       PrefixRecordGeometryOf<typename Config::KindType>::kRowVector>;
+                       kWide ? PrefixRecordGeometryOf<typename Config::KindType>::kWideRowVector
+                             : PrefixRecordGeometryOf<typename Config::KindType>::kRowVector>;
 
 // Calls visit(Body) for the kernel of a call in the geometry of this index, or of our choice where
-// it is negative; false: there is none.
+// it is negative; false: there is none. 0: few requests, 1: a few more, 2: many.
 template <class Config, class Visit>
 bool visit_prefix_body(const DecodeParams& p, int64_t geometry, Visit&& visit) {
   using Kind = typename Config::KindType;
-  if (geometry < 0) geometry = is_few<Kind>(p) && fits_few<Config>(p) ? 0 : 1;
-  if (geometry == 1) return visit(PrefixRecords<Config>{});
-  if (geometry != 0 || !fits_few<Config>(p)) return false;
-  return is_staged<Config>(p) ? visit(FewPrefixRecords<Config, true>{})
-                              : visit(FewPrefixRecords<Config, false>{});
+  using G = PrefixRecordGeometryOf<Kind>;
+  if (geometry < 0) {
+    geometry = !fits_few<Config>(p)                       ? 2
+               : is_at_most<Kind>(p, G::kFewChannels)     ? 0
+               : is_at_most<Kind>(p, G::kWideFewChannels) ? 1
+                                                          : 2;
+  }
+  if (geometry == 2) return visit(PrefixRecords<Config>{});
+  if (geometry > 2 || !fits_few<Config>(p)) return false;
+  const auto visit_few = [&](auto wide) {
+    constexpr bool kWide = decltype(wide)::value;
+    return is_staged<Config>(p) ? visit(FewPrefixRecords<Config, true, kWide>{})
+                                : visit(FewPrefixRecords<Config, false, kWide>{});
+  };
+  return geometry == 0 ? visit_few(std::false_type{}) : visit_few(std::true_type{});
 }
 
 template <class Body>
@@ -169,7 +180,8 @@ bool launch_pair(cudaStream_t stream, const DecodeRecordsCall& main,
   if constexpr (may_hold(kDTypeOf<typename Types::State>, StateFormat::kPrefix)) {
     if (main.state_format == StateFormat::kPrefix) {
       const auto both = [&](auto is) { return is(main.params) && is(indexer.params); };
-      if (!is_few<MainKind>(main.params) || !both(fits_few<Main>)) {
+      using G = PrefixRecordGeometryOf<MainKind>;
+      if (!is_at_most<MainKind>(main.params, G::kFewChannels) || !both(fits_few<Main>)) {
         return launch_two_bodies<PrefixRecords<Indexer>, PrefixRecords<Main>>(stream, indexer,
                                                                               main);
       }

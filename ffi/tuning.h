@@ -9,28 +9,22 @@
 
 namespace jax_dsv4 {
 
-// How one CTA shares the reduction of one window over one slice of columns. A lane always holds 16
-// bytes of a row.
+// How one CTA shares the reduction of one window over one slice of columns. A lane holds kLaneBytes
+// of a row.
 //   kWarps         warps of the CTA
 //   kLanes         lanes across the slice's columns; all of a CTA's sets of kLanes share the rows
 //   kRowsInFlight  rows a lane loads at a time
 //   kMinCtas       CTAs that should fit an SM: limits the registers
 // A lane's rows must be on one page, so the page size must be a multiple of their number,
 // kReducedRows kLanes / (32 kWarps).
-template <int kWarps_, int kLanes_, int kRowsInFlight_, int kMinCtas_>
+template <int kWarps_, int kLanes_, int kRowsInFlight_, int kMinCtas_, int kLaneBytes_ = 16>
 struct Geometry {
   static constexpr int kWarps = kWarps_;
   static constexpr int kLanes = kLanes_;
   static constexpr int kRowsInFlight = kRowsInFlight_;
   static constexpr int kMinCtas = kMinCtas_;
+  static constexpr int kLaneBytes = kLaneBytes_;
 };
-
-// A lane of a state of 2 bytes has twice the channels. Where lanes are few, for the sake of few
-// requests, it has as many as one of 4 bytes: half the lanes share twice the row groups.
-template <class Config, class Geometry_>
-using GeometryFor = std::conditional_t<
-    sizeof(typename Config::State) == 2 && Geometry_::kLanes == 8,
-    Geometry<Geometry_::kWarps, 4, Geometry_::kRowsInFlight, Geometry_::kMinCtas>, Geometry_>;
 
 // The geometries of a kind, on raw states. A call takes the first whose page size fits, of all of
 // them, or from kFew on while requests x head_dim is at most kFewChannels. The last serves any page
@@ -52,17 +46,25 @@ struct GeometriesOf<Kind<kHeadDim, 128, false>> {
   static constexpr int64_t kFewChannels = 64 * 512;
 };
 
+// Of states of 2 bytes: 8 channels of a row are twice the instructions that a lane has for 4 of
+// f32. Where requests are few, lanes have as many channels as there.
+using FewHalfGeometry = Geometry<8, 8, 4, 3, 8>;
+inline constexpr int64_t kFewHalfChannels = 24 * 512;
+
 // On a state of prefixes, a warp takes one token of a request while requests x head_dim is at most
 // this, and all of them beyond.
 inline constexpr int64_t kFewPrefixChannels = 24 * 512;
+inline constexpr int64_t kFewPrefixChannelsOfMoreTokens = 16 * 512;  // for 5 to 8
 
-// The same of a step that ends in records. Few requests have CTAs of so many threads for their
-// values, and others for their rows, of which a thread has so many columns.
+// The same of a step that ends in records. Few requests have CTAs of kThreads for their values, and
+// others for their rows, of which a thread has kRowVector columns; kWideRowVector of a few more.
 template <class Kind>
 struct PrefixRecordGeometryOf {
-  static constexpr int64_t kFewChannels = (Kind::kOverlap ? 24 : 64) * 512;
+  static constexpr int64_t kFewChannels = 24 * 512;
   static constexpr int kThreads = Kind::kOverlap && Kind::kHeadDim > 128 ? 256 : 128;
   static constexpr int kRowVector = 2;
+  static constexpr int64_t kWideFewChannels = (Kind::kOverlap ? 24 : 64) * 512;
+  static constexpr int kWideRowVector = Kind::kOverlap ? kRowVector : 4;
 };
 
 // The geometries of a kind in a step on raw states that ends in records: at most 8 CTAs, one

@@ -24,17 +24,24 @@ __device__ __forceinline__ void store(Element* target, const Vector<Element, kSi
   *reinterpret_cast<Vector<Element, kSize>*>(target) = value;
 }
 
-// Loads 16 bytes that nothing on this SM reads again.
+// Loads 8 or 16 bytes that nothing on this SM reads again.
 template <class Element, int kSize>
 __device__ __forceinline__ Vector<Element, kSize> load_once(const Element* source) {
-  static_assert(sizeof(Element) * kSize == 16, "load_once: a lane holds 16 bytes of a row");
+  constexpr int kBytes = sizeof(Element) * kSize;
+  static_assert(kBytes == 8 || kBytes == 16, "load_once: a lane holds 8 or 16 bytes of a row");
   union {
-    uint32_t words[4];
+    uint32_t words[kBytes / 4];
     Vector<Element, kSize> vector;
   } u;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(u.words[0]), "=r"(u.words[1]), "=r"(u.words[2]), "=r"(u.words[3])
-               : "l"(source));
+  if constexpr (kBytes == 16) {
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(u.words[0]), "=r"(u.words[1]), "=r"(u.words[2]), "=r"(u.words[3])
+                 : "l"(source));
+  } else {
+    asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(u.words[0]), "=r"(u.words[1])
+                 : "l"(source));
+  }
   return u.vector;
 }
 
