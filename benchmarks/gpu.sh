@@ -5,6 +5,7 @@
 #
 #     test      every test that is marked gpu
 #     sanitize  the kernels alone under compute-sanitizer: bad accesses, and races
+#     fuzz      random calls of decode_records beside the CPU's results, and under compute-sanitizer
 #     job       the main job, in both state formats
 #     measure   most of README's times, with the baselines and jnp beside; the indexer; layers
 #     records   the times of store_records, with jnp beside, and of its launches captured by hand
@@ -21,7 +22,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 part=${1:-}
 case "$part" in
-  test | sanitize | job | measure | records | fused | vary | step | profile) ;;
+  test | sanitize | fuzz | job | measure | records | fused | vary | step | profile) ;;
   *)
     sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' benchmarks/gpu.sh
     exit 2
@@ -121,6 +122,14 @@ run_sanitize() {
       compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 9
   done
   finish_tests
+}
+
+# Padding between the buffers: without it, the next one may hide that one is overrun.
+run_fuzz() {
+  local fuzz=$results/fuzz
+  run fuzz-build nvcc -std=c++17 -O2 -arch=native -lineinfo -Iffi tests/fuzz_records.cu -o "$fuzz"
+  run fuzz-plain "$fuzz" 5000
+  run fuzz-memcheck compute-sanitizer --tool memcheck --padding 8192 --error-exitcode 9 "$fuzz" 5000
 }
 
 run_job() {
