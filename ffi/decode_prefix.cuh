@@ -627,7 +627,7 @@ __global__ void __launch_bounds__(PrefixTile<Config>::kThreads, PrefixTile<Confi
   using Out = typename Config::Out;
   const uint32_t index = blockIdx.x / T::kSlices;
   const int column = (blockIdx.x % T::kSlices * T::kThreads + threadIdx.x) * T::kVector;
-  prefetch_tables(p, blockIdx.z, index);
+  prefetch_tables(p, blockIdx.z, index, threadIdx.x);
   const Request<Config> r = request_at<Config>(p, blockIdx.z, index);
   Out* out = static_cast<Out*>(p.kv_comp) +
              uint64_t{blockIdx.z * p.batch + index} * p.num_windows * Config::kHeadDim + column;

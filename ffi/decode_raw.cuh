@@ -57,11 +57,11 @@ struct Tile {
                 "a lane's rows must be whole rounds of kRowsInFlight, and of one window");
 };
 
-// Prefetches a request's tables while its length is loaded: a sector of 8 entries per thread.
+// Prefetches a request's tables while its length is loaded: a sector of 8 entries per thread of it.
 // Entries past those sectors are looked up all the same.
 __device__ __forceinline__ void prefetch_tables(const PlainParams& p, uint32_t group,
-                                                uint32_t index) {
-  const uint32_t entry = 8 * threadIdx.x;
+                                                uint32_t index, uint32_t thread) {
+  const uint32_t entry = 8 * thread;
   const auto prefetch = [&](const int32_t* tables, uint32_t stride) {
     prefetch_l1(tables + uint64_t{group * stride + index} * p.paging.max_pages + entry);
   };
@@ -398,7 +398,7 @@ __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads,
 
   const uint32_t index = blockIdx.x / ctas_per_request;
   const int part = blockIdx.x - index * ctas_per_request.value;
-  prefetch_tables(p, blockIdx.z, index);
+  prefetch_tables(p, blockIdx.z, index, threadIdx.x);
   const Request<Config> r = request_at<Config>(p, blockIdx.z, index);
   Out* out = static_cast<Out*>(p.kv_comp) +
              (int64_t{blockIdx.z} * p.batch + index) * p.num_windows * Config::kHeadDim;

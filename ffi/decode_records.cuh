@@ -133,9 +133,11 @@ struct RecordMaker {
                    eps,
                    flags | (exists ? kExists : 0)};
     ready.operands.weight[0] = load<float, 4>(&plan.weight[stage.channel(0)]);
-    const float* const rotation = plan.rotation[stage.lane % Plan::kRotating];
-    stage.set_rotation(load<float, 2>(rotation), load<float, 2>(rotation + 2),
-                       p.options.interleaved, ready.operands, 0);
+    if (stage.channel(0) >= kHeadDim - kRopeDim) {
+      const float* const rotation = plan.rotation[stage.lane % Plan::kRotating];
+      stage.set_rotation(load<float, 2>(rotation), load<float, 2>(rotation + 2),
+                         p.options.interleaved, ready.operands, 0);
+    }
     return ready;
   }
 
@@ -201,7 +203,9 @@ struct PrefixTokenRecords {
   using Plan = RecordPlan<Config::kHeadDim>;
   static constexpr int kCluster = 1, kThreads = kThreads_, kMinCtas = 1;
   static constexpr bool kHasWindows = false;  // along y
-  static uint32_t ctas_of(const DecodeParams&) { return T::kWindows + T::kSlices; }
+  static int64_t num_ctas(const DecodeParams& p) {
+    return int64_t{p.batch} * (T::kWindows + T::kSlices);
+  }
   static constexpr int R = Config::kRatio, D = Config::kHeadDim;
 
   struct Params {
@@ -296,18 +300,21 @@ struct PrefixTokenRecords {
 
 // --------------------------------------------------------- prefixes, for many requests
 
-// A CTA has all columns of a request; some of its threads make a record while the others go on,
-// with two plans in turn.
-template <class Config>
+// A CTA has all columns of a request, or of several; some threads of a request make its record
+// while its others go on, with two plans in turn.
+template <class Config, int kRequests = 1>
 struct PrefixRecords {
   using T = PrefixTile<Config, 256>;
   using Step = PrefixStep<Config>;
   using Plan = RecordPlan<Config::kHeadDim>;
-  static constexpr int kCluster = 1, kThreads = T::kThreads, kMinCtas = 2;
+  static constexpr int kCluster = 1, kThreads = kRequests * T::kThreads, kMinCtas = 2;
   static constexpr bool kHasWindows = false;
   static constexpr int R = Config::kRatio, D = Config::kHeadDim;
-  static_assert(T::kSlices == 1 && Plan::kThreads <= kThreads, "a CTA has all columns");
-  static uint32_t ctas_of(const DecodeParams&) { return 1; }
+  static_assert(T::kSlices == 1 && Plan::kThreads <= T::kThreads, "a CTA has all columns");
+  static_assert(kRequests == 1 || Plan::Stage::kWarps == 1, "a barrier for each request's record");
+  static int64_t num_ctas(const DecodeParams& p) {
+    return (int64_t{p.batch} + kRequests - 1) / kRequests;
+  }
 
   struct Params : DecodeParams {
     RecordParams records;
@@ -317,21 +324,24 @@ struct PrefixRecords {
   };
 
   struct SharedPlan {
-    Plan plans[2];
+    Plan plans[kRequests][2];
   };
 
-  static __device__ __forceinline__ void run(const Params& p, SharedPlan& smem, uint32_t index) {
-    Plan(&plans)[2] = smem.plans;
+  static __device__ __forceinline__ void run(const Params& p, SharedPlan& smem, uint32_t block) {
     if (threadIdx.x >= kThreads) return;
-    const uint32_t group = blockIdx.z;
-    prefetch_tables(p, group, index);
+    const int request = threadIdx.x / T::kThreads, thread = threadIdx.x % T::kThreads;
+    const uint32_t group = blockIdx.z, index = block * kRequests + request;
+    if (kRequests > 1 && index >= p.batch) return;
+    const int barrier = kAllBarrier + request;
+    Plan(&plans)[2] = smem.plans[request];
+    prefetch_tables(p, group, index, thread);
     const Request<Config> r = request_at<Config>(p, group, index);
-    const int column = threadIdx.x * T::kVector;
+    const int column = thread * T::kVector;
     Step step(p, r, column);
     step.load_new_rows(0);
-    const bool makes = threadIdx.x < Plan::kThreads;
+    const bool makes = thread < Plan::kThreads;
     const auto maker_of = [&](int window) {
-      return RecordMaker<D>(p.records, plans[(window - r.first_window) % 2], threadIdx.x);
+      return RecordMaker<D>(p.records, plans[(window - r.first_window) % 2], thread);
     };
     int window = r.first_window;
 #pragma unroll 1
@@ -346,18 +356,18 @@ struct PrefixRecords {
       const auto merged = step.merge_new_rows(t0, tokens);
       step.store_rows(merged);
       if (merged.last < Step::kRows) {
-        Step::store_value(merged, plans[(window - r.first_window) % 2].value + column);
         auto maker = maker_of(window);
+        Step::store_value(merged, maker.plan.value + column);
         if (makes) {
           const auto ready = maker.prepare(group, window);
-          wait_at_barrier<kThreads>(kAllBarrier);
+          wait_at_barrier<T::kThreads>(barrier);
           maker.stage.take_value(maker.plan.value);
           maker.finish(ready);
           if (window + 1 < r.end_window) {
             maker_of(window + 1).start(group, index, window + 1, (window + 1u) * R);
           }
         } else {
-          wait_at_barrier<kThreads>(kAllBarrier);
+          wait_at_barrier<T::kThreads>(barrier);
         }
         ++window;
       }
@@ -396,16 +406,17 @@ struct RawRecords {
   static_assert(kCluster <= 8, "a cluster has at most 8 CTAs on every chip");
   static_assert(Plan::kThreads <= kThreads, "too few threads for a record");
 
-  static uint32_t ctas_of(const DecodeParams& p) {
+  static uint32_t ctas_of_request(const DecodeParams& p) {
     return kIsCluster ? kCluster : 1 + (p.next_n + Geometry::kWarps - 1) / Geometry::kWarps;
   }
+  static int64_t num_ctas(const DecodeParams& p) { return int64_t{p.batch} * ctas_of_request(p); }
 
   struct Params : DecodeParams {
     RecordParams records;
     Divisor ctas;  // of a request
 
     Params(const DecodeRecordsParams& p, const RecordParams& records)
-        : DecodeParams(p), records(records), ctas(ctas_of(p)) {}
+        : DecodeParams(p), records(records), ctas(ctas_of_request(p)) {}
   };
 
   struct SharedPlan {
@@ -418,7 +429,7 @@ struct RawRecords {
     if (threadIdx.x >= kThreads) return;
     const uint32_t index = kIsCluster ? block / kCluster : block / p.ctas, group = blockIdx.z;
     const int part = block - index * (kIsCluster ? kCluster : p.ctas.value);
-    prefetch_tables(p, group, index);
+    prefetch_tables(p, group, index, threadIdx.x);
     const Request<Config> r = request_at<Config>(p, group, index);
     if (!kIsCluster && __builtin_expect(part > 0, 0)) {
       const int t = (part - 1) * Geometry::kWarps + threadIdx.x / 32;

@@ -84,17 +84,20 @@ bool visit_raw_body(TypeList<Items...> list, const DecodeParams& p, int64_t geom
   constexpr int64_t kAnyPage = decltype(list)::kSize;  // the index of the last one's other kernel
   const int64_t channels = int64_t{p.num_groups} * p.batch * Config::kHeadDim;
   const bool clusters = has_clusters();
-  int64_t index = 0;
-  const bool visited = visit_any(list, [&](auto item) {
-    using Item = decltype(item);
-    using Body = RawRecords<Config, typename Item::Geometry, false>;
-    const bool is_candidate = geometry < 0 ? channels <= Item::kMostChannels : geometry == index;
-    ++index;
-    if (!is_candidate || !fits_page<Body>(p)) return false;
-    if (Body::kCluster > 1 && !clusters) return false;
-    return visit(Body{});
-  });
-  if (visited || (geometry >= 0 && geometry != kAnyPage)) return visited;
+  const auto visit_first = [&](auto is_candidate) {
+    int64_t index = 0;
+    return visit_any(list, [&](auto item) {
+      using Body = RawRecords<Config, typename decltype(item)::Geometry, false>;
+      if (!is_candidate(item, index++) || !fits_page<Body>(p)) return false;
+      return (Body::kCluster == 1 || clusters) && visit(Body{});
+    });
+  };
+  if (geometry < 0) {
+    const auto is_meant = [&](auto item, int64_t) { return channels <= item.kMostChannels; };
+    if (visit_first(is_meant) || visit_first([](auto, int64_t) { return true; })) return true;
+  } else if (geometry != kAnyPage) {
+    return visit_first([&](auto, int64_t index) { return index == geometry; });
+  }
   using Last = std::tuple_element_t<kAnyPage - 1, std::tuple<Items...>>;
   using Body = RawRecords<Config, typename Last::Geometry, true>;
   static_assert(Body::kCluster == 1, "the last geometry serves chips without clusters, too");
@@ -132,11 +135,6 @@ typename Body::Params params_of(const DecodeRecordsCall& call) {
   return {call.params, RecordParams(call.params.records, call.format, Body::D)};
 }
 
-// CTAs of all requests along x.
-template <class Body>
-int64_t ctas_of(const DecodeRecordsCall& call) {
-  return int64_t{call.params.batch} * Body::ctas_of(call.params);
-}
 template <class Body>
 unsigned windows_of(const DecodeParams& p) {
   return Body::kHasWindows ? p.num_windows : 1;
@@ -144,16 +142,17 @@ unsigned windows_of(const DecodeParams& p) {
 inline constexpr int64_t kMaxGridX = 2147483647, kMaxGridYZ = 65535;
 
 template <class Body>
-const char* launch_body(cudaStream_t stream, const DecodeRecordsCall& call) {
+bool fits_grid(const DecodeParams& p) {
+  return Body::num_ctas(p) <= kMaxGridX && p.num_groups <= kMaxGridYZ &&
+         p.num_windows <= kMaxGridYZ;
+}
+
+template <class Body>
+void launch_body(cudaStream_t stream, const DecodeRecordsCall& call) {
   const DecodeParams& p = call.params;
-  const int64_t ctas = ctas_of<Body>(call);
-  if (ctas > kMaxGridX || p.num_groups > kMaxGridYZ || p.num_windows > kMaxGridYZ) {
-    return "batch, next_n: too many requests, rows or groups for one launch";
-  }
-  const dim3 grid(static_cast<unsigned>(ctas), windows_of<Body>(p), p.num_groups);
+  const dim3 grid(static_cast<unsigned>(Body::num_ctas(p)), windows_of<Body>(p), p.num_groups);
   launch_in_clusters(stream, decode_records_kernel<Body>, grid, Body::kThreads, Body::kCluster,
                      params_of<Body>(call));
-  return nullptr;
 }
 
 // The smaller compressor's CTAs come first: there is little of them, and it must not come last.
@@ -161,9 +160,10 @@ template <class First, class Second>
 bool launch_two_bodies(cudaStream_t stream, const DecodeRecordsCall& first,
                        const DecodeRecordsCall& second) {
   static_assert(First::kCluster == 1 && Second::kCluster == 1, "a pair has no clusters");
-  const DecodeParams& p = first.params;
-  const int64_t first_ctas = ctas_of<First>(first), ctas = first_ctas + ctas_of<Second>(second);
-  if (ctas > kMaxGridX || p.num_groups > kMaxGridYZ || p.num_windows > kMaxGridYZ) return false;
+  const DecodeParams& p = second.params;
+  const int64_t first_ctas = First::num_ctas(first.params);
+  const int64_t ctas = first_ctas + Second::num_ctas(p);
+  if (ctas > kMaxGridX || !fits_grid<Second>(p)) return false;
   const dim3 grid(static_cast<unsigned>(ctas), windows_of<First>(p), p.num_groups);
   launch_in_clusters(stream, decode_two_records_kernel<First, Second>, grid,
                      std::max(First::kThreads, Second::kThreads), 1, params_of<First>(first),
@@ -182,8 +182,10 @@ bool launch_pair(cudaStream_t stream, const DecodeRecordsCall& main,
       const auto both = [&](auto is) { return is(main.params) && is(indexer.params); };
       using G = PrefixRecordGeometryOf<MainKind>;
       if (!is_at_most<MainKind>(main.params, G::kFewChannels) || !both(fits_few<Main>)) {
-        return launch_two_bodies<PrefixRecords<Indexer>, PrefixRecords<Main>>(stream, indexer,
-                                                                              main);
+        // A CTA of the indexer's has as many threads as one of the main compressor's.
+        constexpr int kRequests = PrefixRecords<Main>::kThreads / PrefixRecords<Indexer>::kThreads;
+        return launch_two_bodies<PrefixRecords<Indexer, kRequests>, PrefixRecords<Main>>(
+            stream, indexer, main);
       }
       return both(is_staged<Main>)
                  ? launch_two_bodies<FewPrefixRecords<Indexer, true>, FewPrefixRecords<Main, true>>(
@@ -225,22 +227,35 @@ inline bool launch_as_pair(cudaStream_t stream, const DecodeRecordsCall& a,
 inline const char* launch_decode_records(cudaStream_t stream, const DecodeRecordsCall* calls,
                                          size_t count, int64_t geometry) {
   if (count == 2 && geometry < 0 && launch_as_pair(stream, calls[0], calls[1])) return nullptr;
-  for (size_t i = 0; i < count; ++i) {
-    const DecodeRecordsCall& call = calls[i];
-    const char* problem = "geometry: not for this call";
-    visit_any(Kinds{}, [&](auto kind) {
-      return call.selection.is_of(kind) && visit_any(RecordDTypes{}, [&](auto types) {
-               using Types = decltype(types);
-               if (!is_of<Types>(call.selection)) return false;
-               return visit_body<Config<decltype(kind), Types>>(call, geometry, [&](auto body) {
-                 problem = launch_body<decltype(body)>(stream, call);
-                 return true;
+  const auto launch_each = [&](auto launch_one) {
+    const char* problem = nullptr;
+    for (size_t i = 0; i < count && problem == nullptr; ++i) {
+      problem = "geometry: not for this call";
+      const DecodeRecordsCall& call = calls[i];
+      visit_any(Kinds{}, [&](auto kind) {
+        return call.selection.is_of(kind) && visit_any(RecordDTypes{}, [&](auto types) {
+                 using Types = decltype(types);
+                 if (!is_of<Types>(call.selection)) return false;
+                 return visit_body<Config<decltype(kind), Types>>(call, geometry, [&](auto body) {
+                   problem = launch_one(body, call);
+                   return true;
+                 });
                });
-             });
-    });
-    if (problem != nullptr) return problem;
-  }
-  return nullptr;
+      });
+    }
+    return problem;
+  };
+  // Whatever is wrong with one is known before another has stored anything.
+  const char* const problem = launch_each([](auto body, const DecodeRecordsCall& call) {
+    return fits_grid<decltype(body)>(call.params)
+               ? nullptr
+               : "batch, next_n: too many requests, rows or groups for one launch";
+  });
+  if (problem != nullptr) return problem;
+  return launch_each([&](auto body, const DecodeRecordsCall& call) -> const char* {
+    launch_body<decltype(body)>(stream, call);
+    return nullptr;
+  });
 }
 
 }  // namespace jax_dsv4
