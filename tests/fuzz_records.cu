@@ -828,8 +828,8 @@ std::string describe(const Case& c) {
   return out.str();
 }
 
-template <class Config, bool kStaged, int kVector>
-std::string name_of(PrefixTokenRecords<Config, kStaged, kVector>) {
+template <class Config, bool kStaged, int kThreads, int kVector>
+std::string name_of(PrefixTokenRecords<Config, kStaged, kThreads, kVector>) {
   return kStaged ? "prefix, few, staged" : "prefix, few";
 }
 template <class Config>
@@ -858,42 +858,6 @@ std::string kernel_of(const DecodeRecordsCall& call, int64_t geometry) {
                return true;
              });
            });
-  });
-  return name;
-}
-
-// Of a call of two compressors, as launch_pair has it; empty: they run one after the other.
-std::string pair_kernel_of(const DecodeRecordsCall& a, const DecodeRecordsCall& b) {
-  const bool main_is_first = a.selection.head_dim > b.selection.head_dim;
-  const DecodeRecordsCall &main = main_is_first ? a : b, &indexer = main_is_first ? b : a;
-  if (!main.selection.is_of(MainKind{}) || !indexer.selection.is_of(IndexerKind{}) ||
-      main.state_format != indexer.state_format) {
-    return "";
-  }
-  std::string name;
-  visit_any(RecordDTypes{}, [&](auto types) {
-    using Types = decltype(types);
-    using Main = Config<MainKind, Types>;
-    using Indexer = Config<IndexerKind, Types>;
-    if (!is_of<Types>(main.selection) || !is_of<Types>(indexer.selection)) return false;
-    if (main.state_format == StateFormat::kPrefix) {
-      const bool few = is_few<MainKind>(main.params) && fits_few<Main>(main.params) &&
-                       fits_few<Main>(indexer.params);
-      const bool staged = is_staged<Main>(main.params) && is_staged<Main>(indexer.params);
-      name =
-          few ? staged ? "pair, prefix, few, staged" : "pair, prefix, few" : "pair, prefix, many";
-      return true;
-    }
-    const auto fits = [](auto list, auto config, const DecodeParams& p) {
-      return visit_any(list, [&](auto item) {
-        return fits_page<RawRecords<decltype(config), typename decltype(item)::Geometry, false>>(p);
-      });
-    };
-    if (fits(typename RecordGeometriesOf<MainKind>::List{}, Main{}, main.params) &&
-        fits(typename RecordGeometriesOf<IndexerKind>::List{}, Indexer{}, indexer.params)) {
-      name = "pair, raw";
-    }
-    return true;
   });
   return name;
 }
@@ -1238,18 +1202,16 @@ std::string run(uint64_t seed) {
   if (status != cudaSuccess) stop(text_of(title, "\n  launch: ", cudaGetErrorString(status)));
 
   bool is_refused = false;
-  const std::string pair =
-      c.geometry < 0 && on_gpu.size() == 2 ? pair_kernel_of(on_gpu[0], on_gpu[1]) : "";
   for (const DecodeRecordsCall& call : on_gpu) {
-    const std::string kernel = pair.empty() ? kernel_of(call, c.geometry) : pair;
+    const std::string kernel = kernel_of(call, c.geometry);
     is_refused |= kernel.empty();
-    ++kernels[kernel.empty() ? "none" : kernel];
-    if (!pair.empty()) break;
+    // A pair runs together in kernels of the same bodies.
+    ++kernels[(kernel.empty() ? "none" : kernel) + (on_gpu.size() > 1 ? ", one of two" : "")];
   }
   if (is_refused != (problem != nullptr)) {
     return text_of(title, "\n  launch: ", problem == nullptr ? "accepted" : problem);
   }
-  if (is_refused) {  // compressors before the one that has no such kernel have run
+  if (is_refused) {
     wait(title);
     return c.geometry < 0 ? text_of(title, "\n  launch: ", problem) : "";
   }
