@@ -213,10 +213,10 @@ def decode_records(
 
     vmap: as in ``paged_kv_compress``: the cache is written, so an unmapped one is copied per index.
 
-    It is one custom call. On a GPU that is one launch for one compressor, and for the two of a layer
-    whose windows overlap: head_dim 512 and 128, of the same dtypes and state format; for other
-    tuples it is a launch for each. The order of some sums differs from the two operations above:
-    of the bytes of records, next to none differ by a step of the format.
+    It is one custom call. On a GPU that is one launch for one compressor, and for two of which one
+    is a layer's main compressor, head_dim 512 with overlapping windows, and one its indexer's,
+    head_dim 128, of the same dtypes and state format; for other tuples it is a launch for each. The
+    order of some sums differs from the two operations above: next to no byte of a record differs.
     """
     if not isinstance(implementation, _op.Kernel):
         _check.choice("implementation", implementation, _check.IMPLEMENTATIONS)
