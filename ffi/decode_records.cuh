@@ -182,8 +182,7 @@ inline constexpr int kAllBarrier = 1;
 
 // ---------------------------------------------------------- prefixes, for few requests
 
-// Grid: x = requests x (windows, then column slices). A CTA of a window makes its record, and
-// stores no row; those of column slices store the rows.
+// A CTA of kThreads has a warp per token, 32 columns of kVector each, or all columns of one token.
 template <class Config, int kThreads_, int kRowVector>
 struct PrefixRowTile : PrefixTokenTile<Config> {
   static constexpr int kVector = kRowVector, kThreads = kThreads_;
@@ -197,6 +196,8 @@ struct PrefixValueTile : PrefixTokenTile<Config> {
   static constexpr int kFirstHalf = PrefixTokenTile<Config>::kHalves - 1;
 };
 
+// Grid: x = windows of requests, then column slices of requests; z = groups. A CTA of a window
+// makes its record, and stores no row; those of column slices store the rows.
 template <class Config, bool kStaged, int kThreads_, int kRowVector>
 struct PrefixTokenRecords {
   using T = PrefixRowTile<Config, kThreads_, kRowVector>;
@@ -300,8 +301,8 @@ struct PrefixTokenRecords {
 
 // --------------------------------------------------------- prefixes, for many requests
 
-// A CTA has all columns of a request, or of several; some threads of a request make its record
-// while its others go on, with two plans in turn.
+// Grid: x = requests, z = groups. A CTA has all columns of a request, or of several; some threads
+// of a request make its record while its others go on, with two plans in turn.
 template <class Config, int kRequests = 1>
 struct PrefixRecords {
   using T = PrefixTile<Config, 256>;
@@ -379,9 +380,6 @@ struct PrefixRecords {
 
 // ------------------------------------------------------------------------------- raw rows
 
-// Grid: x = requests x CTAs, y = windows. Where one CTA reduces all columns of a window, there are
-// others that store the remaining rows; those of a cluster store them themselves, each in its own
-// columns. kAnyPage: a lane's rows may be on several pages.
 // A geometry with more lanes than a row has vectors loses the warps, too, that would share the rows
 // in their place; but not those that a record takes.
 template <class Config, class Geometry_>
@@ -394,6 +392,9 @@ struct RecordGeometry {
   using Type = Geometry<kWarps, kLanes, Geometry_::kRowsInFlight, Geometry_::kMinCtas>;
 };
 
+// Grid: x = requests x CTAs, y = windows. Where one CTA reduces all columns of a window, there are
+// others that store the remaining rows; those of a cluster store them themselves, each in its own
+// columns. kAnyPage: a lane's rows may be on several pages.
 template <class Config, class Geometry_, bool kAnyPage>
 struct RawRecords {
   using Geometry = typename RecordGeometry<Config, Geometry_>::Type;
