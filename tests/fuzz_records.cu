@@ -718,6 +718,26 @@ void fill_state(Case& c, Compressor& k, Draw& draw) {
       });
     }
   }
+  if (k.call.state_format != StateFormat::kPrefix || !c.has_specials) return;
+  // Nor is there a prefix whose logsumexp is NaN or +inf and whose mean is finite. Last: requests
+  // share rows of kv.
+  for (uint32_t g = 0; g < c.groups; ++g) {
+    const int64_t layer = c.has_layer ? c.layer_of(g, p.num_layers) : c.layer_index;
+    if (layer < 0) continue;
+    const int64_t first = int64_t{g} * p.rows_per_group + layer * p.rows_per_layer;
+    for (uint32_t b = 0; b < c.batch; ++b) {
+      visit_rows(k, c.step(k, g, b), [&](int64_t position, bool is_written) {
+        const int64_t kv_row = find_row(c, k, 0, g, b, position);
+        const int64_t score_row = find_row(c, k, 1, g, b, position);
+        if (is_written || kv_row < 0 || score_row < 0) return;
+        for (int64_t i = 0; i < row_bytes; i += 4) {
+          const float lse = element_at(dtype, score + (first + score_row) * row_bytes + i);
+          if (!(lse < -kNegInf))
+            set_element(dtype, kv + (first + kv_row) * row_bytes + i, std::nanf(""));
+        }
+      });
+    }
+  }
 }
 
 void fill(Case& c, Draw& draw) {
