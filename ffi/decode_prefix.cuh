@@ -26,11 +26,6 @@
 
 namespace jax_dsv4 {
 
-// The position of row t. It wraps around where there is no such row.
-__device__ __forceinline__ int position_of(int first_position, int t) {
-  return static_cast<int>(static_cast<uint32_t>(first_position) + t);
-}
-
 // ------------------------------------------------------------------------ for few requests
 
 // Grid: x = requests x column slices, z = groups. A warp per token and 32 columns. It serves up to
@@ -251,7 +246,7 @@ struct PrefixTokenStep {
     begin = token & -R;  // R is a power of two (config.h)
     completes = t < num_new && token >= 0 && (token + 1) % R == 0;
     int position = position_of(first_position, lane < kTokens ? lane : -1);
-    if (Config::kOverlap && lane == kTokens + 1) position = begin - 1;
+    if (Config::kOverlap && lane == kTokens + 1) position = position_of(begin, -1);
     const uint32_t page = static_cast<uint32_t>(position) / p.paging.page_size;
     uint32_t slot = position - page * p.paging.page_size.value + group * p.rows_per_group;
     if (!Config::kPlain) slot += layer * p.rows_per_layer;

@@ -29,6 +29,11 @@
 
 namespace jax_dsv4 {
 
+// The position of row t. It wraps around where there is no such row.
+__device__ __forceinline__ int position_of(int first_position, int t) {
+  return static_cast<int>(static_cast<uint32_t>(first_position) + t);
+}
+
 // What follows from a configuration and a geometry, for the kernel and its launch.
 template <class Config, class Geometry>
 struct Tile {
@@ -165,7 +170,7 @@ __device__ void write_row(const ParamsOf<Config>& p, const Request<Config>& r, i
     constexpr int kZeros = D / 32;
     store(out + t / R * D + lane * kZeros, Vector<Out, kZeros>{});
   }
-  const int position = r.first_position + t;
+  const int position = position_of(r.first_position, t);
   if (t >= r.num_new || position < 0) return;
   if (kReducersStore<Config> && position < r.end_window * R) return;
   const TableEntry kv_entry = look_up(p.paging, r.kv_table, position);
@@ -267,7 +272,7 @@ struct WindowReducer {
   };
   __device__ StoredRows look_up_stored_rows() const {
     StoredRows rows;
-    const int first = begin + row_group * T::kRowsPerLane;
+    const int first = position_of(begin, row_group * T::kRowsPerLane);
     rows.count = first >= 0 ? min(r.first_position - first, T::kRowsPerLane) : 0;
     rows.kv_entry = look_up(p.paging, r.kv_table, max(first, 0));
     rows.score_entry = look_up(p.paging, r.score_table, max(first, 0));
