@@ -99,8 +99,8 @@ void measure(uint32_t count) {
   const double kernel =
       time_of_call([&](cudaStream_t stream) { launch_store_records<Record>(stream, p); });
   const bool few = count <= kFewValues;
-  const uint32_t threads = few ? 32 : kStoreThreads;
-  const uint32_t values_of_cta = threads / (few ? 32 : D / 16);
+  const uint32_t threads = few ? StageOfFew<Record>::kLanes : kStoreThreads;
+  const uint32_t values_of_cta = few ? 1 : threads / StageOfMany<Record>::kLanes;
   const uint32_t ctas = (count + values_of_cta - 1) / values_of_cta;
   const auto loads_only =
       few ? loads_kernel<Record, StageOfFew<Record>> : loads_kernel<Record, StageOfMany<Record>>;

@@ -6,9 +6,9 @@
 // the step does not complete.
 //
 // The threads of a CTA that reduces form kRowGroups, of kLanes lanes; a lane holds 16 bytes of a
-// row. A row group takes one of the window's new rows from kv_score, rounded as it is stored, so
-// that nothing waits for a store; then its stored rows, neighbours on one page, kRowsInFlight at a
-// time:
+// row, or 8. A row group takes one of the window's new rows from kv_score, rounded as it is stored,
+// so that nothing waits for a store; then its stored rows, neighbours on one page, kRowsInFlight at
+// a time:
 //   value[d] = sum_i softmax_i(score[i, d]) kv[i, d].
 // The row groups are merged through shared memory.
 // Bytes: 2 kReducedRows D per completed window and 4 S per new row (half of it read), elements.

@@ -1,6 +1,8 @@
 // A decode step that ends in records on a CPU: requests of all compressors are shared among XLA's
 // threads.
 
+#include "decode_records_cpu.h"
+
 #include <cstdint>
 #include <memory>
 #include <type_traits>
@@ -8,10 +10,8 @@
 #include <vector>
 
 #include "config.h"
-#include "decode_cpu.h"
 #include "decode_records.h"
 #include "decode_records_call.h"
-#include "record_cpu.h"
 #include "threads.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -27,34 +27,12 @@ struct Step {
                 const RecordPlace&, float* value);
 };
 
-// Makes the record of `value` [D], which it works in.
-template <RecordFormat kFormat, int D>
-void store_record(const RecordTarget& t, uint32_t group, uint32_t position,
-                  const RecordPages& pages, const RecordPlace& place, float* value) {
-  const float *weight = nullptr, *rotation = nullptr;
-  if (t.norm_weight != nullptr) weight = t.norm_weight + int64_t{group} * t.weight_stride * D;
-  if (t.cos_sin != nullptr) {
-    rotation = t.cos_sin + (group * t.cos_sin_stride + position) * kRopeDim;
-  }
-  make_record<kFormat>(*reinterpret_cast<float (*)[D]>(value), weight, rotation, t.options,
-                       {t.pool, pages, place});
-}
-
 template <class Config, StateFormat kFormat>
 void run_request(const Step& step, uint32_t group, uint32_t request) {
-  const DecodeRecordsParams& p = step.params;
-  const RecordTarget& t = p.records;
-  const RecordPages pages = pages_of(t.pool, group);
-  const int32_t* table = t.tables + uint64_t{group * t.tables_stride + request} * t.max_pages;
-  const auto r = request_at<Config>(p, group, request);
-  step_request<Config, kFormat>(p, r, [&](uint32_t window, auto&& put) {
-    const uint32_t position = window * Config::kRatio;
-    const RecordPlace place = find_record(t, pages, table, window, position);
-    if (!place.exists) return;
-    float value[Config::kHeadDim];
-    put(value);
-    step.store(t, group, position, pages, place, value);
-  });
+  step_to_records<Config, kFormat>(
+      step.params, group, request,
+      [&](uint32_t, uint32_t position, const RecordPages& pages, const RecordPlace& place,
+          float* value) { step.store(step.params.records, group, position, pages, place, value); });
 }
 
 Step step_of(const DecodeRecordsCall& call) {

@@ -68,9 +68,9 @@ struct PrefixRecordGeometryOf {
 };
 
 // The geometries of a kind in a step on raw states that ends in records: at most 8 CTAs, one
-// cluster, share a window. A call takes the first whose kMostChannels its requests x head_dim do
-// not pass, and whose page size fits; where none does, the last, which has no cluster, with its
-// rows looked up one by one.
+// cluster, share a window. Of those whose page size fits, and whose clusters the chip has, a call
+// takes the first whose kMostChannels its requests x head_dim do not pass, or else the first; where
+// none fits, the last, which has no cluster, with its rows looked up one by one.
 template <int64_t kMostChannels_, class Geometry_>
 struct UpTo {
   static constexpr int64_t kMostChannels = kMostChannels_;

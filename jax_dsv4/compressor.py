@@ -11,8 +11,9 @@ from jax.typing import ArrayLike
 
 from jax_dsv4 import _check, _config, _op, _pytree
 from jax_dsv4._op import Operand
-from jax_dsv4.decode import DecodeOptions, check_new_rows, check_tables, decode_attributes
+from jax_dsv4.decode import DECODE, DecodeOptions, check_new_rows, check_tables, decode_attributes
 from jax_dsv4.records import (
+    STORE,
     RecordCache,
     StoreOptions,
     check_compiled_records,
@@ -122,17 +123,9 @@ class _Options:
 
 # Of one compressor. Those that it does not have are empty, as in DECODE and STORE.
 _OPERANDS = (
-    Operand("kv_score", 3),
-    Operand("kv_score[1]", 3, like="kv_score"),
-    Operand("ape", 2),
-    Operand("state.kv", 3, written=True, of_layers=True),
-    Operand("state.score", 3, written=True, of_layers=True),
-    Operand("kv_tables", 2),
-    Operand("score_tables", 2),
+    *(DECODE[name] for name in DECODE.names[: DECODE.names.index("kv_lens")]),
     Operand("tables.records", 2),
-    Operand("norm_weight", 1),
-    Operand("cos_sin_cache", 2),
-    Operand("records.pool", 2, written=True, of_layers=True),
+    *(STORE[name] for name in ("norm_weight", "cos_sin_cache", "records.pool")),
 )
 
 

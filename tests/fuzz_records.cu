@@ -43,10 +43,9 @@
 #include <vector>
 
 #include "config.h"
-#include "decode_cpu.h"
 #include "decode_records.h"
+#include "decode_records_cpu.h"
 #include "decode_records_launch.cuh"
-#include "record_cpu.h"
 
 using namespace jax_dsv4;
 
@@ -697,47 +696,41 @@ void fill_state(Case& c, Compressor& k, Draw& draw) {
     n.kv[c.kv_scale].fill(dtype, kv, elements, draw);
     n.score[c.score_kind].fill(dtype, score, elements, draw);
   }
-  for (uint32_t g = 0; g < c.groups; ++g) {
-    const int64_t layer = c.has_layer ? c.layer_of(g, p.num_layers) : c.layer_index;
-    if (layer < 0) continue;
-    const int64_t first = int64_t{g} * p.rows_per_group + layer * p.rows_per_layer;
-    for (uint32_t b = 0; b < c.batch; ++b) {
-      visit_rows(k, c.step(k, g, b), [&](int64_t position, bool is_written) {
-        const int64_t kv_row = find_row(c, k, 0, g, b, position);
-        const int64_t score_row = find_row(c, k, 1, g, b, position);
-        if (is_written || kv_row < 0 || score_row < 0) return;
-        uint8_t* const to_kv = kv + (first + kv_row) * row_bytes;
-        uint8_t* const to_score = score + (first + score_row) * row_bytes;
-        n.kv[c.kv_scale].fill(dtype, to_kv, k.S(), draw);
-        n.score[c.score_kind].fill(dtype, to_score, k.S(), draw);
-        if (c.has_specials && draw.chance(0.1)) add_special(dtype, k.S(), to_kv, to_score, draw);
-        if (k.call.state_format != StateFormat::kPrefix) return;
-        for (int64_t i = 0; i < row_bytes; i += 4) {  // a prefix of nothing has the mean 0
-          if (element_at(dtype, to_score + i) == kNegInf) set_element(dtype, to_kv + i, 0);
-        }
-      });
+  // Rows that the step may read and does not write.
+  const auto visit_old_rows = [&](auto visit) {
+    for (uint32_t g = 0; g < c.groups; ++g) {
+      const int64_t layer = c.has_layer ? c.layer_of(g, p.num_layers) : c.layer_index;
+      if (layer < 0) continue;
+      const int64_t first = int64_t{g} * p.rows_per_group + layer * p.rows_per_layer;
+      for (uint32_t b = 0; b < c.batch; ++b) {
+        visit_rows(k, c.step(k, g, b), [&](int64_t position, bool is_written) {
+          const int64_t kv_row = find_row(c, k, 0, g, b, position);
+          const int64_t score_row = find_row(c, k, 1, g, b, position);
+          if (is_written || kv_row < 0 || score_row < 0) return;
+          visit(kv + (first + kv_row) * row_bytes, score + (first + score_row) * row_bytes);
+        });
+      }
     }
-  }
+  };
+  visit_old_rows([&](uint8_t* to_kv, uint8_t* to_score) {
+    n.kv[c.kv_scale].fill(dtype, to_kv, k.S(), draw);
+    n.score[c.score_kind].fill(dtype, to_score, k.S(), draw);
+    if (c.has_specials && draw.chance(0.1)) add_special(dtype, k.S(), to_kv, to_score, draw);
+    if (k.call.state_format != StateFormat::kPrefix) return;
+    for (int64_t i = 0; i < row_bytes; i += 4) {  // a prefix of nothing has the mean 0
+      if (element_at(dtype, to_score + i) == kNegInf) set_element(dtype, to_kv + i, 0);
+    }
+  });
   if (k.call.state_format != StateFormat::kPrefix || !c.has_specials) return;
   // Nor is there a prefix whose logsumexp is NaN or +inf and whose mean is finite. Last: requests
   // share rows of kv.
-  for (uint32_t g = 0; g < c.groups; ++g) {
-    const int64_t layer = c.has_layer ? c.layer_of(g, p.num_layers) : c.layer_index;
-    if (layer < 0) continue;
-    const int64_t first = int64_t{g} * p.rows_per_group + layer * p.rows_per_layer;
-    for (uint32_t b = 0; b < c.batch; ++b) {
-      visit_rows(k, c.step(k, g, b), [&](int64_t position, bool is_written) {
-        const int64_t kv_row = find_row(c, k, 0, g, b, position);
-        const int64_t score_row = find_row(c, k, 1, g, b, position);
-        if (is_written || kv_row < 0 || score_row < 0) return;
-        for (int64_t i = 0; i < row_bytes; i += 4) {
-          const float lse = element_at(dtype, score + (first + score_row) * row_bytes + i);
-          if (!(lse < -kNegInf))
-            set_element(dtype, kv + (first + kv_row) * row_bytes + i, std::nanf(""));
-        }
-      });
+  visit_old_rows([&](uint8_t* to_kv, const uint8_t* score_row) {
+    for (int64_t i = 0; i < row_bytes; i += 4) {
+      if (!(element_at(dtype, score_row + i) < -kNegInf)) {
+        set_element(dtype, to_kv + i, std::nanf(""));
+      }
     }
-  }
+  });
 }
 
 void fill(Case& c, Draw& draw) {
@@ -904,28 +897,18 @@ void run_request(const DecodeRecordsCall& call, uint32_t group, uint32_t request
                  Written& written) {
   constexpr int D = Config::kHeadDim;
   const DecodeRecordsParams& p = call.params;
-  const RecordTarget& t = p.records;
-  const RecordPages pages = pages_of(t.pool, group);
-  const int32_t* table = t.tables + uint64_t{group * t.tables_stride + request} * t.max_pages;
   const auto r = request_at<Config>(p, group, request);
-  step_request<Config, kFormat>(p, r, [&](uint32_t window, auto&& put) {
-    const uint32_t position = window * Config::kRatio;
-    const RecordPlace place = find_record(t, pages, table, window, position);
-    if (!place.exists) return;
-    float value[D];
-    put(value);
-    const float *weight = nullptr, *rotation = nullptr;
-    if (t.norm_weight != nullptr) weight = t.norm_weight + int64_t{group} * t.weight_stride * D;
-    if (t.cos_sin != nullptr) {
-      rotation = t.cos_sin + (group * t.cos_sin_stride + position) * kRopeDim;
-    }
-    visit_record(call.format, D, [&](auto record) {
-      if constexpr (record.kHeadDim == D) {
-        make_record<record.kFormat>(value, weight, rotation, t.options, {t.pool, pages, place});
-      }
-    });
-    written.records.push_back({group, window, pages, place});
-  });
+  step_to_records<Config, kFormat>(p, group, request,
+                                   [&](uint32_t window, uint32_t position, const RecordPages& pages,
+                                       const RecordPlace& place, float* value) {
+                                     visit_record(call.format, D, [&](auto record) {
+                                       if constexpr (record.kHeadDim == D) {
+                                         store_record<record.kFormat, D>(p.records, group, position,
+                                                                         pages, place, value);
+                                       }
+                                     });
+                                     written.records.push_back({group, window, pages, place});
+                                   });
   for (int i = std::max(0, -r.first_position); i < r.num_new; ++i) {
     const int32_t position = r.first_position + i;
     const auto add = [&](std::vector<Written::StateRow>& rows, const int32_t* table) {
