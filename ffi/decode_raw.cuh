@@ -194,6 +194,48 @@ __device__ void write_row(const ParamsOf<Config>& p, const Request<Config>& r, i
   }
 }
 
+// Merges what the row groups of a CTA hold of one slice of a window; emits the slice's values, each
+// by one thread. Each is called by every thread with its own part. `wait`: for all of them.
+template <class T, class Wait, class Emit>
+__device__ __forceinline__ void merge_row_groups(
+    float (&partials)[T::kRowGroups][T::kPartialStride], const Partial<T::kVector>& partial,
+    int row_group, Wait&& wait, Emit&& emit) {
+  float* mine = partials[row_group] + threadIdx.x % T::kLanes * T::kVector;
+  store(mine, partial.max);
+  store(mine + T::kColumns, partial.sum);
+  store(mine + 2 * T::kColumns, partial.weighted);
+  wait();  // the partial results of every row group, before any thread merges them
+  constexpr int kPerThread = T::kRowGroups / T::kMergers;
+  const int first = threadIdx.x % T::kMergers;
+  for (int c = threadIdx.x / T::kMergers; c < T::kColumns; c += T::kThreads / T::kMergers) {
+    float max[kPerThread], highest = kNegInf;
+#pragma unroll
+    for (int k = 0; k < kPerThread; ++k) {
+      max[k] = partials[first + k * T::kMergers][c];
+      highest = fmaxf(highest, max[k]);
+    }
+#pragma unroll
+    for (int offset = 1; offset < T::kMergers; offset *= 2) {
+      highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, offset));
+    }
+    const float subtracted = finite(highest);
+    float sum = 0, weighted = 0;
+#pragma unroll
+    for (int k = 0; k < kPerThread; ++k) {
+      const float* from = partials[first + k * T::kMergers] + c;
+      const float scale = fast_exp(max[k] - subtracted);
+      sum += scale * from[T::kColumns];
+      weighted += scale * from[2 * T::kColumns];
+    }
+#pragma unroll
+    for (int offset = 1; offset < T::kMergers; offset *= 2) {
+      sum += __shfl_xor_sync(~0u, sum, offset);
+      weighted += __shfl_xor_sync(~0u, weighted, offset);
+    }
+    if (first == 0) emit(c, sum == 0 ? 0.0f : fast_quotient(weighted, sum));
+  }
+}
+
 // One thread's part of one window.
 template <class Config, class Geometry>
 struct WindowReducer {
@@ -349,46 +391,6 @@ struct WindowReducer {
       }
     }
   }
-
-  // Merges the row groups; emits the slice's values, each by one thread. `wait`: for the threads
-  // that reduce.
-  template <class Wait, class Emit>
-  __device__ void merge_row_groups(SharedPlan& smem, Wait&& wait, Emit&& emit) const {
-    float* mine = smem.partials[row_group] + threadIdx.x % T::kLanes * T::kVector;
-    store(mine, partial.max);
-    store(mine + T::kColumns, partial.sum);
-    store(mine + 2 * T::kColumns, partial.weighted);
-    wait();  // the partial results of every row group, before any thread merges them
-    constexpr int kPerThread = T::kRowGroups / T::kMergers;
-    const int first = threadIdx.x % T::kMergers;
-    for (int c = threadIdx.x / T::kMergers; c < T::kColumns; c += T::kThreads / T::kMergers) {
-      float max[kPerThread], highest = kNegInf;
-#pragma unroll
-      for (int k = 0; k < kPerThread; ++k) {
-        max[k] = smem.partials[first + k * T::kMergers][c];
-        highest = fmaxf(highest, max[k]);
-      }
-#pragma unroll
-      for (int offset = 1; offset < T::kMergers; offset *= 2) {
-        highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, offset));
-      }
-      const float subtracted = finite(highest);
-      float sum = 0, weighted = 0;
-#pragma unroll
-      for (int k = 0; k < kPerThread; ++k) {
-        const float* from = smem.partials[first + k * T::kMergers] + c;
-        const float scale = fast_exp(max[k] - subtracted);
-        sum += scale * from[T::kColumns];
-        weighted += scale * from[2 * T::kColumns];
-      }
-#pragma unroll
-      for (int offset = 1; offset < T::kMergers; offset *= 2) {
-        sum += __shfl_xor_sync(~0u, sum, offset);
-        weighted += __shfl_xor_sync(~0u, weighted, offset);
-      }
-      if (first == 0) emit(c, sum == 0 ? 0.0f : fast_quotient(weighted, sum));
-    }
-  }
 };
 
 template <class Config, class Geometry>
@@ -436,8 +438,9 @@ __global__ void __launch_bounds__(Tile<Config, Geometry>::kThreads,
     rows = reducer.load_rows(stored, first);
   }
   out += int64_t{blockIdx.y} * Config::kHeadDim + slice_column;
-  reducer.merge_row_groups(
-      smem, [] { __syncthreads(); }, [&](int c, float value) { out[c] = round_to<Out>(value); });
+  merge_row_groups<T>(
+      smem.partials, reducer.partial, reducer.row_group, [] { __syncthreads(); },
+      [&](int c, float value) { out[c] = round_to<Out>(value); });
 }
 
 }  // namespace jax_dsv4

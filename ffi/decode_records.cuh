@@ -493,14 +493,15 @@ struct RawRecords {
         if (kIsCluster) wait_for_cluster();
       };
       const uint32_t first_rank = kIsCluster ? rank_in_cluster() - part : 0;
-      reducer.merge_row_groups(smem.rows, wait, [&](int c, float value) {
-        float* const to = &plan.value[slice_column + c];
-        if (kIsCluster) {
-          send(to, value, &plan.barrier, first_rank);
-        } else {
-          *to = value;
-        }
-      });
+      merge_row_groups<T>(smem.rows.partials, reducer.partial, reducer.row_group, wait,
+                          [&](int c, float value) {
+                            float* const to = &plan.value[slice_column + c];
+                            if (kIsCluster) {
+                              send(to, value, &plan.barrier, first_rank);
+                            } else {
+                              *to = value;
+                            }
+                          });
       if (!makes && kIsCluster) return;
       if (!makes) {
         arrive_at_barrier<kThreads>(kAllBarrier);

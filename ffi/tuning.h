@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
@@ -89,5 +90,21 @@ struct RecordGeometriesOf<Kind<kHeadDim, 128, false>> {
   using List = TypeList<UpTo<8 * 512, Geometry<8, 16, 8, 2>>, UpTo<32 * 512, Geometry<4, 16, 8, 4>>,
                         UpTo<kAnyChannels, Geometry<16, 128, 8, 1>>>;
 };
+
+// Of a ragged batch, long windows: a CTA reduces one over kLanes lanes of four channels; a thread
+// has all its rows in flight. Those of f32 take more registers.
+template <size_t kElementBytes>
+struct RaggedGeometriesOf {
+  using List = TypeList<Geometry<4, 16, 16, 4>, Geometry<8, 16, 8, 3>, Geometry<8, 32, 16, 2>>;
+};
+template <>
+struct RaggedGeometriesOf<4> {
+  using List = TypeList<Geometry<8, 16, 8, 2>>;
+};
+
+// Short windows: threads that should be there before any of them walks more than one slot, and the
+// most slots that one walks.
+inline constexpr int64_t kRaggedWalkerThreads = 132 * 512;
+inline constexpr int64_t kMostSlotsPerWalker = 8;
 
 }  // namespace jax_dsv4

@@ -94,6 +94,32 @@ __device__ __forceinline__ Vector<Element, kSize> load_if(bool condition, const 
   return u.value;
 }
 
+// Both: load_once, or `otherwise`.
+template <class Element, int kSize>
+__device__ __forceinline__ Vector<Element, kSize> load_once_if(bool condition, const Element* from,
+                                                               Vector<Element, kSize> otherwise) {
+  constexpr int kWords = sizeof(otherwise) / 4;
+  static_assert(kWords == 2 || kWords == 4, "load_once_if: 8 or 16 bytes");
+  union {
+    Vector<Element, kSize> value;
+    uint32_t words[kWords];
+  } u{otherwise};
+  if constexpr (kWords == 2) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %3, 0;"
+        "  @p ld.global.L1::no_allocate.v2.b32 {%0, %1}, [%2]; }"
+        : "+r"(u.words[0]), "+r"(u.words[1])
+        : "l"(from), "r"(static_cast<int>(condition)));
+  } else {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %5, 0;"
+        "  @p ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+        : "+r"(u.words[0]), "+r"(u.words[1]), "+r"(u.words[2]), "+r"(u.words[3])
+        : "l"(from), "r"(static_cast<int>(condition)));
+  }
+  return u.value;
+}
+
 // look_up where `wanted`; elsewhere a page that does not exist.
 __device__ __forceinline__ TableEntry look_up_if(bool wanted, const Paging& paging,
                                                  const int32_t* table, int32_t position) {

@@ -42,6 +42,7 @@ BODIES = {
     "load_if": """if (!condition) return otherwise;
         emulator::access(from, alignof(decltype(otherwise)), at);
         return *reinterpret_cast<const decltype(otherwise)*>(from);""",
+    "load_once_if": "return load_if(condition, from, otherwise, at);",
     "look_up_if": "...",
     "prefetch_l1": "",
     "prefetch_l2_if": "",

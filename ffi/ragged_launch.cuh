@@ -1,0 +1,76 @@
+// From checked operands of a ragged batch to a kernel on a stream. No XLA types: benchmarks and the
+// fuzz launch the same.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "config.h"
+#include "ragged.cuh"
+#include "ragged.h"
+#include "tuning.h"
+
+namespace jax_dsv4 {
+
+template <class Config, StateFormat kFormat>
+const char* launch_ragged_format(cudaStream_t stream, const RaggedParams& p,
+                                 const ValueTarget& target, int64_t geometry) {
+  constexpr int64_t kMaxGridX = 2147483647, kMaxGridZ = 65535;
+  constexpr const char* kTooMany =
+      "kv_score, cu_q_lens: too many rows, requests or groups for one launch";
+  if (p.num_groups > kMaxGridZ) return kTooMany;
+  if constexpr (Config::kReducedRows > 32) {
+    const char* problem = "geometry: expected -1, or the index of one that is compiled";
+    int64_t index = 0;
+    using Geometries = typename RaggedGeometriesOf<sizeof(typename Config::KvScore)>::List;
+    visit_any(Geometries{}, [&](auto chosen) {
+      using T = LongTile<Config, decltype(chosen)>;
+      if (index++ != std::max<int64_t>(geometry, 0)) return false;
+      const int64_t ctas = (int64_t{p.num_windows} + p.batch) * T::kSlices;
+      problem = ctas > kMaxGridX ? kTooMany : nullptr;
+      if (problem == nullptr && ctas > 0) {
+        const dim3 grid(static_cast<unsigned>(ctas), 1, p.num_groups);
+        ragged_long_kernel<Config, kFormat, decltype(chosen)>
+            <<<grid, T::kThreads, 0, stream>>>(p, target);
+      }
+      return true;
+    });
+    return problem;
+  } else {
+    using T = ShortTile<Config>;
+    const int64_t slots = int64_t{p.num_windows} * p.num_groups;
+    int64_t per_walker = geometry;
+    if (geometry < 0) {
+      per_walker =
+          std::clamp<int64_t>(slots * T::kLanes / kRaggedWalkerThreads, 1, kMostSlotsPerWalker);
+    }
+    if (per_walker < 1 || per_walker > 1024) {
+      return "geometry: expected -1, or the slots of a walker, 1 to 1024";
+    }
+    const RaggedShortParams params(p, target, static_cast<int32_t>(per_walker));
+    const int64_t ctas = (int64_t{params.num_walkers} + p.batch + T::kWalkers - 1) / T::kWalkers;
+    if (ctas > kMaxGridX) return kTooMany;
+    if (ctas == 0) return nullptr;
+    const dim3 grid(static_cast<unsigned>(ctas), 1, p.num_groups);
+    ragged_short_kernel<Config, kFormat><<<grid, T::kThreads, 0, stream>>>(params);
+    return nullptr;
+  }
+}
+
+// Launches a batch; in the geometry of this index (for short windows, so many slots per walker), or
+// of our choice where it is negative. Returns what is wrong with the call, or null: launch errors
+// proper are left to cudaGetLastError.
+template <class Config>
+const char* launch_ragged(cudaStream_t stream, const RaggedParams& p, StateFormat format,
+                          const ValueTarget& target, int64_t geometry) {
+  if constexpr (may_hold(kDTypeOf<typename Config::State>, StateFormat::kPrefix)) {
+    if (format == StateFormat::kPrefix) {
+      return launch_ragged_format<Config, StateFormat::kPrefix>(stream, p, target, geometry);
+    }
+  }
+  return launch_ragged_format<Config, StateFormat::kRaw>(stream, p, target, geometry);
+}
+
+}  // namespace jax_dsv4
