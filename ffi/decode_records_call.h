@@ -144,8 +144,8 @@ inline ffi::ErrorOr<DecodeRecordsCalls> check_decode_records(ffi::RemainingArgs 
       return *operands.get<ffi::AnyBuffer>(O::kCount * count + k);
     };
     const auto ret = [&](size_t k) { return **results.get<ffi::AnyBuffer>(O::kWritten * i + k); };
-    const O o{{arg(0), arg(1), arg(2), arg(3), arg(4), arg(5), arg(6), last(0), last(1), last(2),
-               ret(0), ret(1), next_n, layer, a.state_format, a.column},
+    const O o{{arg(0), arg(1), arg(2), arg(3), arg(4), arg(5), arg(6), last(0), last(2), ret(0),
+               ret(1), next_n, layer, a.state_format, a.column},
               arg(7),
               {arg(8),
                arg(9),
@@ -155,6 +155,7 @@ inline ffi::ErrorOr<DecodeRecordsCalls> check_decode_records(ffi::RemainingArgs 
               ret(2)};
     set_owner(i);
     check_step_operands(check, o.step);
+    check.require_rank("q_lens", last(1), 1, "batch");
     check.require_rank("tables.records", o.tables, 2, "batch, max_pages");
     check_record_operands(check, o.made_with);
     check_pool_operands(check, o.pool);
@@ -175,7 +176,10 @@ inline ffi::ErrorOr<DecodeRecordsCalls> check_decode_records(ffi::RemainingArgs 
     p = check_step(check, each[i].step, calls.each[i].selection);
   }
   check.set_owner("");
-  for (size_t i = 0; i < count; ++i) check_requests(check, each[i].step, calls.each[i].params);
+  for (size_t i = 0; i < count; ++i) {
+    check_requests(check, each[i].step, calls.each[i].params);
+    check_q_lens(check, *operands.get<ffi::AnyBuffer>(O::kCount * count + 1), calls.each[i].params);
+  }
   for (size_t i = 0; i < count; ++i) {
     set_owner(i);
     DecodeRecordsCall& call = calls.each[i];
