@@ -88,6 +88,10 @@ using DTypesList = TypeList<DTypes<bf16, f32, bf16>,                            
                             DTypes<f32, bf16, bf16>,                            //
                             DTypes<f32, bf16, f32>>;
 
+// Of CUDA kernels that have no kv_comp, or know its type at run time only.
+using InnerDTypesList = TypeList<DTypes<bf16, f32, f32>, DTypes<bf16, bf16, f32>,
+                                 DTypes<f32, f32, f32>, DTypes<f32, bf16, f32>>;
+
 // ------------------------------------------------------------------------------------ walking it
 
 // Calls visit(Item) on each until one returns true; false if none did.

@@ -206,16 +206,12 @@ bool launch_pair(cudaStream_t stream, const DecodeRecordsCall& main,
   });
 }
 
-// The dtypes of a step that has no compressed values.
-using RecordDTypes = TypeList<DTypes<bf16, f32, f32>, DTypes<bf16, bf16, f32>,
-                              DTypes<f32, f32, f32>, DTypes<f32, bf16, f32>>;
-
 inline bool launch_as_pair(cudaStream_t stream, const DecodeRecordsCall& a,
                            const DecodeRecordsCall& b) {
   const bool main_is_first = a.selection.head_dim > b.selection.head_dim;
   const DecodeRecordsCall &main = main_is_first ? a : b, &indexer = main_is_first ? b : a;
   return main.selection.is_of(MainKind{}) && indexer.selection.is_of(IndexerKind{}) &&
-         main.state_format == indexer.state_format && visit_any(RecordDTypes{}, [&](auto types) {
+         main.state_format == indexer.state_format && visit_any(InnerDTypesList{}, [&](auto types) {
            using Types = decltype(types);
            return is_of<Types>(main.selection) && is_of<Types>(indexer.selection) &&
                   launch_pair<Types>(stream, main, indexer);
@@ -233,7 +229,7 @@ inline const char* launch_decode_records(cudaStream_t stream, const DecodeRecord
       problem = "geometry: not for this call";
       const DecodeRecordsCall& call = calls[i];
       visit_any(Kinds{}, [&](auto kind) {
-        return call.selection.is_of(kind) && visit_any(RecordDTypes{}, [&](auto types) {
+        return call.selection.is_of(kind) && visit_any(InnerDTypesList{}, [&](auto types) {
                  using Types = decltype(types);
                  if (!is_of<Types>(call.selection)) return false;
                  return visit_body<Config<decltype(kind), Types>>(call, geometry, [&](auto body) {

@@ -24,6 +24,7 @@
 #include "paging.h"
 #include "prefix.h"
 #include "ragged.h"
+#include "tuning.h"
 #include "vector.cuh"
 
 namespace jax_dsv4 {
@@ -83,89 +84,169 @@ __device__ __forceinline__ Owner find_request(const RaggedParams& p, uint32_t gr
 
 inline constexpr int kRaggedVector = 4;  // channels of a thread
 
-// A row's four channels in one half, as they are stored.
-template <class Config>
-struct StoredVector {
-  Vector<typename Config::State, kRaggedVector> kv, score;
+// Four channels of a row, as projected or as stored.
+template <class Element>
+struct RowVector {
+  Vector<Element, kRaggedVector> kv, score;
 };
 
-// One thread's view of a request's rows.
-template <class Config, StateFormat kFormat>
+// Where a row is in each of the state's arrays.
+struct Place {
+  uint32_t kv = kNowhere, score = kNowhere;
+
+  __device__ __forceinline__ bool exists() const { return kv != kNowhere && score != kNowhere; }
+  // So many rows on, on the same page.
+  __device__ __forceinline__ Place operator+(uint32_t rows) const {
+    return {kv == kNowhere ? kNowhere : kv + rows, score == kNowhere ? kNowhere : score + rows};
+  }
+};
+
+// New rows in shared memory, of which each thread has its own: it waits for nobody but itself. So
+// loops over rows need not be unrolled: what is executed once, and from one end to the other, takes
+// the time that its instructions take to arrive.
+template <class KvScore, int kRows, int kThreads>
+struct StagedRows {
+  Vector<KvScore, kRaggedVector> parts[kRows][2][kThreads];
+
+  __device__ __forceinline__ void copy(bool condition, int row, const KvScore* kv,
+                                       const KvScore* score) {
+    copy_if<kRaggedVector>(condition, parts[row][0][threadIdx.x].x, kv);
+    copy_if<kRaggedVector>(condition, parts[row][1][threadIdx.x].x, score);
+  }
+  __device__ __forceinline__ RowVector<KvScore> operator[](int row) const {
+    return {load<KvScore, kRaggedVector>(parts[row][0][threadIdx.x].x),
+            load<KvScore, kRaggedVector>(parts[row][1][threadIdx.x].x)};
+  }
+};
+
+__device__ __forceinline__ Vector<float, kRaggedVector> to_f32(
+    const Vector<float, kRaggedVector>& x) {
+  return x;
+}
+__device__ __forceinline__ Vector<float, kRaggedVector> to_f32(
+    const Vector<bf16, kRaggedVector>& x) {
+  const auto words = reinterpret_cast<const uint32_t (&)[2]>(x);
+  return {{__uint_as_float(words[0] << 16), __uint_as_float(words[0] & 0xffff0000u),
+           __uint_as_float(words[1] << 16), __uint_as_float(words[1] & 0xffff0000u)}};
+}
+
+// One thread's view of a request's rows, in some of its channels.
+template <class Config, StateFormat kFormat_>
 struct RaggedRows {
   using KvScore = typename Config::KvScore;
   using State = typename Config::State;
-  using NewVector = Vector<KvScore, kRaggedVector>;
-  using StateVector = Vector<State, kRaggedVector>;
-  using PartialValue = Partial<kRaggedVector>;
+  using Stored = RowVector<State>;
+  static constexpr StateFormat kFormat = kFormat_;
   static constexpr int R = Config::kRatio, S = Config::kStateDim, D = Config::kHeadDim;
+  static constexpr bool kOverlap = Config::kOverlap;
 
   const RaggedParams& p;
-  Request<Config> r;
-  int32_t length, start;  // new rows are at start <= position < length
-  int column;             // of D
+  const Request<Config> r;
+  const int32_t length, start;  // new rows are at start <= position < length
+  const int column;             // of D
 
   __device__ __forceinline__ RaggedRows(const RaggedParams& p, uint32_t group, const Owner& owner,
                                         int column)
       : p(p),
         r(ragged_request_at<Config>(p, group, owner.index, owner.length, owner.begin, owner.end)),
-        column(column) {
-    length = r.num_new > 0 ? owner.length : 0;
-    start = max(r.first_position, 0);
-  }
+        length(r.num_new > 0 ? owner.length : 0),
+        start(max(r.first_position, 0)),
+        column(column) {}
 
+  // Whether any new row of a window may have to be stored.
+  __device__ __forceinline__ bool may_store(int32_t window) const {
+    if (p.rule.all) return true;
+    const int64_t reach = (int64_t{window} + 1 + Config::kOverlap) * R;  // of steps that read it
+    if (reach >= length - p.rule.max_rewind) return true;
+    if (!p.rule.resumes) return false;
+    const Divisor& every = p.rule.resume_every;
+    return reach >= (int64_t{window * R / every} + 1) * every.value;
+  }
+  // Whether all rows of a window are new.
+  __device__ __forceinline__ bool is_whole(int32_t window) const {
+    return window * R >= start && window * R + (R - 1) < length;
+  }
   __device__ __forceinline__ bool is_new(int32_t position) const {
     return position >= start && position < length;
   }
-  // Whether any row of a window may have to be stored.
-  __device__ __forceinline__ bool may_store(int32_t window) const {
-    const int32_t shortest = max(length - p.rule.max_rewind, 0);
-    return p.rule.all || p.rule.resumes || (int64_t{window} + 1 + Config::kOverlap) * R >= shortest;
-  }
   __device__ __forceinline__ bool stores(int32_t position) const {
-    return is_new(position) && is_stored<Config, kFormat>(p.rule, position, length);
+    return is_stored<Config, kFormat>(p.rule, position, length);
   }
 
-  // As projected, where there is such a row.
-  __device__ __forceinline__ void load_new(int32_t position, int half, NewVector& kv,
-                                           NewVector& score) const {
-    const bool exists = is_new(position);
-    const KvScore* const row =
-        r.kv_score + int64_t{position - r.first_position} * p.row_size + half * D + column;
-    kv = load_once_if(exists, row, NewVector{});
-    score = load_once_if(exists, row + p.score_offset, NewVector{});
+  // A new row.
+  __device__ __forceinline__ const KvScore* new_kv(int32_t position, int half) const {
+    return r.kv_score + int64_t{position - r.first_position} * p.row_size + half * D + column;
   }
-  __device__ __forceinline__ Vector<float, kRaggedVector> load_bias(int32_t position,
-                                                                    int half) const {
+  __device__ __forceinline__ Stored as_stored(const RowVector<KvScore>& row, int32_t position,
+                                              int half) const {
     Vector<float, kRaggedVector> bias;
 #pragma unroll
     for (int v = 0; v < kRaggedVector; ++v) bias.x[v] = -0.0f;  // adding +0 would lose a -0
     if (r.ape != nullptr) {
       bias = load<float, kRaggedVector>(r.ape + position % R * S + half * D + column);
     }
-    return bias;
-  }
-  __device__ __forceinline__ StoredVector<Config> as_stored(
-      const NewVector& kv, const NewVector& score, const Vector<float, kRaggedVector>& bias) const {
-    StoredVector<Config> row;
+    Stored stored;
 #pragma unroll
     for (int v = 0; v < kRaggedVector; ++v) {
-      row.kv.x[v] = round_to<State>(to_f32(kv.x[v]));
-      row.score.x[v] = round_to<State>(to_f32(score.x[v]) + bias.x[v]);
+      stored.kv.x[v] = round_to<State>(to_f32(row.kv.x[v]));
+      stored.score.x[v] = round_to<State>(to_f32(row.score.x[v]) + bias.x[v]);
     }
-    return row;
+    return stored;
   }
 
-  // Where a row is in each of the state's arrays.
-  struct Place {
-    uint32_t kv = kNowhere, score = kNowhere;
-    __device__ __forceinline__ bool exists() const { return kv != kNowhere && score != kNowhere; }
-    __device__ __forceinline__ Place next(int rows) const {
-      return {kv == kNowhere ? kNowhere : kv + rows, score == kNowhere ? kNowhere : score + rows};
+  __device__ __forceinline__ Vector<float, kRaggedVector> bias_at(int row, int half) const {
+    Vector<float, kRaggedVector> bias;
+#pragma unroll
+    for (int v = 0; v < kRaggedVector; ++v) bias.x[v] = -0.0f;
+    if (r.ape != nullptr) bias = load<float, kRaggedVector>(r.ape + row * S + half * D + column);
+    return bias;
+  }
+  // Adds kCount rows of a window, which has `first` as the first of them, as they are stored; those
+  // of the bits in `stored` are. `place`: of the first one.
+  template <int kCount>
+  __device__ __forceinline__ void add_whole(const RowVector<KvScore>* loaded, int first, int half,
+                                            uint32_t stored, const Place& place,
+                                            Partial<kRaggedVector>& partial) const {
+    Vector<float, kRaggedVector> kv[kCount], score[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const auto bias = bias_at(first + i, half);
+      kv[i] = jax_dsv4::to_f32(loaded[i].kv);
+      score[i] = jax_dsv4::to_f32(loaded[i].score);
+#pragma unroll
+      for (int v = 0; v < kRaggedVector; ++v) {
+        kv[i].x[v] = jax_dsv4::to_f32(round_to<State>(kv[i].x[v]));
+        score[i].x[v] = jax_dsv4::to_f32(round_to<State>(score[i].x[v] + bias.x[v]));
+      }
     }
-  };
-  __device__ __forceinline__ Place find(bool wanted, int32_t position) const {
-    return {r.row_at(p.paging, look_up_if(wanted, p.paging, r.kv_table, position)),
-            r.row_at(p.paging, look_up_if(wanted, p.paging, r.score_table, position))};
+    if (kFormat == StateFormat::kRaw && stored != 0) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        Stored row;
+#pragma unroll
+        for (int v = 0; v < kRaggedVector; ++v) {
+          row.kv.x[v] = round_to<State>(kv[i].x[v]);
+          row.score.x[v] = round_to<State>(score[i].x[v]);
+        }
+        if (stored >> i & 1) store_row(place + i, half, row);
+      }
+    }
+    partial.add(kv, score);
+  }
+  __device__ __forceinline__ RowVector<KvScore> load_new_if(bool condition,
+                                                            const KvScore* kv) const {
+    return {load_once_if(condition, kv, Vector<KvScore, kRaggedVector>{}),
+            load_once_if(condition, kv + p.score_offset, Vector<KvScore, kRaggedVector>{})};
+  }
+  __device__ __forceinline__ RowVector<KvScore> load_new(const KvScore* kv) const {
+    return {load_once<KvScore, kRaggedVector>(kv),
+            load_once<KvScore, kRaggedVector>(kv + p.score_offset)};
+  }
+
+  // Rows of the state.
+  __device__ __forceinline__ Place find(int32_t position) const {
+    return {r.row_at(p.paging, look_up(p.paging, r.kv_table, position)),
+            r.row_at(p.paging, look_up(p.paging, r.score_table, position))};
   }
   __device__ __forceinline__ State* kv_at(uint32_t row, int half) const {
     return static_cast<State*>(p.kv) + uint64_t{row} * S + half * D + column;
@@ -173,36 +254,227 @@ struct RaggedRows {
   __device__ __forceinline__ State* score_at(uint32_t row, int half) const {
     return static_cast<State*>(p.score) + uint64_t{row} * S + half * D + column;
   }
-  __device__ __forceinline__ StoredVector<Config> load_stored(const Place& place, int half) const {
-    StoredVector<Config> none;
+  __device__ __forceinline__ static Stored no_row() {
+    Stored none;
 #pragma unroll
     for (int v = 0; v < kRaggedVector; ++v) {
       none.kv.x[v] = round_to<State>(0);
       none.score.x[v] = round_to<State>(kNegInf);
     }
-    const bool exists = place.exists();
-    const uint32_t kv = exists ? place.kv : 0, score = exists ? place.score : 0;
-    return {load_once_if(exists, kv_at(kv, half), none.kv),
-            load_once_if(exists, score_at(score, half), none.score)};
+    return none;
   }
-  __device__ __forceinline__ void store_stored(const Place& place, int half,
-                                               const StoredVector<Config>& row) const {
+  // A row either of whose parts is nowhere is none.
+  __device__ __forceinline__ Stored load_row(const Place& place, int half) const {
+    const bool exists = place.exists();
+    const Stored none = no_row();
+    return {load_once_if(exists, kv_at(place.kv, half), none.kv),
+            load_once_if(exists, score_at(place.score, half), none.score)};
+  }
+  __device__ __forceinline__ void store_row(const Place& place, int half, const Stored& row) const {
     if (place.kv != kNowhere) store(kv_at(place.kv, half), row.kv);
     if (place.score != kNowhere) store(score_at(place.score, half), row.score);
   }
+};
 
-  // A row of a state of prefixes, as what its rows add to a value; and the other way round.
-  __device__ __forceinline__ static PartialValue partial_of(const StoredVector<Config>& prefix) {
-    PartialValue partial;
-#pragma unroll
-    for (int v = 0; v < kRaggedVector; ++v) {
-      partial.max.x[v] = to_f32(prefix.score.x[v]);
-      partial.sum.x[v] = partial.max.x[v] == kNegInf ? 0.0f : 1.0f;
-      partial.weighted.x[v] = to_f32(prefix.kv.x[v]);
+// kRows neighbours of one request, the first at `base`, which is a multiple of kRows: those of one
+// window that a thread has. The first `first_new` of them are from before the call; those from
+// `end` on are not there yet.
+template <class Rows, int kRows>
+struct Neighbours {
+  using Stored = typename Rows::Stored;
+  static constexpr int kBatch = kRows < 4 ? kRows : 4;  // rows that are added at once
+
+  const Rows& rows;
+  const int32_t base;
+  const int first_new, end;
+  const bool one_page;
+  Place first;  // of the first one, where all are on one page
+
+  __device__ __forceinline__ Neighbours(const Rows& rows, int32_t base)
+      : rows(rows),
+        base(base),
+        first_new(min(max(rows.start - base, 0), kRows)),
+        end(min(max(rows.length - base, 0), kRows)),
+        one_page(rows.p.paging.page_size.value % kRows == 0) {}
+
+  // Before anything else that asks for their places.
+  __device__ __forceinline__ void find_places() {
+    if (one_page && end > 0) first = rows.find(base);
+  }
+  __device__ __forceinline__ Place place_of(int j) const {
+    return one_page ? first + j : rows.find(base + j);
+  }
+  __device__ __forceinline__ bool has_new() const { return first_new < end; }
+
+  // Of the new rows, one bit each: those that are stored, and those that count in values.
+  __device__ __forceinline__ uint32_t all_new() const {
+    return has_new() ? (1u << end) - (1u << first_new) : 0;
+  }
+  __device__ __forceinline__ uint32_t stored() const {
+    constexpr int R = Rows::R;
+    constexpr bool kOverlap = Rows::kOverlap;
+    const StoreRule& rule = rows.p.rule;
+    if (rule.all) return all_new();
+    uint32_t bits = 0;
+    if (__builtin_expect(rule.resumes, 0)) {
+#pragma unroll 1
+      for (int j = first_new; j < end; ++j) bits |= uint32_t{rows.stores(base + j)} << j;
+      return bits;
     }
-    return partial;
+    // The same as is_stored of each.
+    const int32_t shortest = max(rows.length - rule.max_rewind, 0);
+    const uint32_t last = (base + kRows) % R == 0 ? 1u << (kRows - 1) : 0;  // of its window
+    if (Rows::kFormat == StateFormat::kRaw) {
+      if (base / R >= shortest / R - kOverlap) bits = kOverlap ? ~0u : ~last;
+    } else {
+      bits = ~0u << min(max(shortest - 1 - base, 0), kRows) & ~last;
+      if (kOverlap && base + (kRows - 1 + R) >= shortest) bits |= last;
+    }
+    return bits & all_new();
+  }
+  __device__ __forceinline__ uint32_t counted() const {
+    if (!rows.p.rule.all) return all_new();
+    if (one_page) return first.exists() ? all_new() : 0;
+    uint32_t bits = 0;
+#pragma unroll 1
+    for (int j = first_new; j < end; ++j) bits |= uint32_t{rows.find(base + j).exists()} << j;
+    return bits;
+  }
+
+  // Of a window all of whose rows are new: whether there is no more to them than to add them, and
+  // on a raw state to store some side by side.
+  __device__ __forceinline__ bool is_simple(bool may_store) const {
+    if (!may_store) return true;
+    return Rows::kFormat == StateFormat::kRaw && one_page && (!rows.p.rule.all || first.exists());
+  }
+
+  // Adds the rows from before the call, on a raw state.
+  __device__ __forceinline__ void add_old(int half, Partial<kRaggedVector>& partial) const {
+    if (__builtin_expect(one_page, 1)) {
+      constexpr int kAtOnce = kRows < 8 ? kRows : 8;
+#pragma unroll 1
+      for (int from = 0; from < first_new; from += kAtOnce) {
+        Stored row[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          row[i] = rows.load_row(from + i < first_new ? first + (from + i) : Place{}, half);
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i += kBatch) add<kBatch>(row + i, partial);
+      }
+    } else {
+#pragma unroll 1
+      for (int j = 0; j < first_new; ++j) {
+        const Stored row = rows.load_row(rows.find(base + j), half);
+        add<1>(&row, partial);
+      }
+    }
+  }
+  // Adds the new rows that count, and on a raw state stores some; fetch(j): new row j. kAtOnce of
+  // them are on their way at once.
+  template <int kAtOnce, class Fetch>
+  __device__ __forceinline__ void add_new(Fetch&& fetch, int half, uint32_t counted,
+                                          uint32_t stored, Partial<kRaggedVector>& partial) const {
+    const uint32_t needed = counted | stored;
+#pragma unroll 1
+    for (int from = 0; from < kRows; from += kAtOnce) {
+      if ((needed >> from & ((1u << kAtOnce) - 1)) == 0) continue;
+      RowVector<typename Rows::KvScore> fetched[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        fetched[i] = fetch(from + i, (needed >> (from + i) & 1) != 0);
+      }
+#pragma unroll
+      for (int k = 0; k < kAtOnce; k += kBatch) {
+        Stored row[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          row[i] = rows.as_stored(fetched[k + i], base + from + k + i, half);
+        }
+        const uint32_t stored_here = stored >> (from + k), counted_here = counted >> (from + k);
+        if (Rows::kFormat == StateFormat::kRaw && (stored_here & kOfBatch) != 0) {
+          if (__builtin_expect(one_page, 1)) {
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) {
+              if (stored_here >> i & 1) rows.store_row(first + (from + k + i), half, row[i]);
+            }
+          } else {
+            store_one_by_one(fetch, half, stored & kOfBatch << (from + k));
+          }
+        }
+        if ((counted_here & kOfBatch) != kOfBatch) {
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) {
+            if (!(counted_here >> i & 1)) row[i] = Rows::no_row();
+          }
+        }
+        add<kBatch>(row, partial);
+      }
+    }
+  }
+  // On a state of prefixes: merges the rows that count into the prefix before them, and stores it
+  // as the rows that are stored.
+  template <class Fetch>
+  __device__ __forceinline__ void store_prefixes(Fetch&& fetch, int half, uint32_t counted,
+                                                 uint32_t stored,
+                                                 Prefix (&open)[kRaggedVector]) const {
+    const uint32_t needed = counted | stored;
+    if (!has_new()) return;
+    auto next = fetch(first_new, true);
+#pragma unroll 1
+    for (int j = first_new; j < end; ++j) {
+      Stored row = rows.as_stored(next, base + j, half);
+      next = fetch(min(j + 1, end - 1), j + 1 < end);
+      if ((needed >> j & 1) == 0) continue;
+#pragma unroll
+      for (int v = 0; v < kRaggedVector; ++v) {
+        if (counted >> j & 1) {
+          open[v] = merge(open[v], {to_f32(row.score.x[v]), to_f32(row.kv.x[v])});
+        }
+        row.score.x[v] = round_to<typename Rows::State>(open[v].lse);
+        row.kv.x[v] = round_to<typename Rows::State>(open[v].mean);
+      }
+      if (stored >> j & 1) rows.store_row(place_of(j), half, row);
+    }
+  }
+
+ private:
+  static constexpr uint32_t kOfBatch = (1u << kBatch) - 1;
+
+  template <class Fetch>
+  __device__ __forceinline__ void store_one_by_one(Fetch&& fetch, int half, uint32_t stored) const {
+#pragma unroll 1
+    for (int j = 0; j < kRows; ++j) {
+      if ((stored >> j & 1) == 0) continue;
+      rows.store_row(rows.find(base + j), half, rows.as_stored(fetch(j, true), base + j, half));
+    }
+  }
+  template <int kCount>
+  static __device__ __forceinline__ void add(const Stored* row, Partial<kRaggedVector>& partial) {
+    Vector<typename Rows::State, kRaggedVector> kv[kCount], score[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) kv[i] = row[i].kv, score[i] = row[i].score;
+    partial.add(kv, score);
   }
 };
+
+// A row of a state of prefixes as what its rows add to a value, and the other way round.
+template <class State>
+__device__ __forceinline__ Partial<kRaggedVector> partial_of(const RowVector<State>& prefix) {
+  Partial<kRaggedVector> partial;
+#pragma unroll
+  for (int v = 0; v < kRaggedVector; ++v) {
+    partial.max.x[v] = to_f32(prefix.score.x[v]);
+    partial.sum.x[v] = partial.max.x[v] == kNegInf ? 0.0f : 1.0f;
+    partial.weighted.x[v] = to_f32(prefix.kv.x[v]);
+  }
+  return partial;
+}
+__device__ __forceinline__ Prefix prefix_of(const Partial<kRaggedVector>& partial, int v) {
+  const float sum = partial.sum.x[v];
+  if (sum == 0) return {};
+  return {partial.max.x[v] + logf(sum), fast_quotient(partial.weighted.x[v], sum)};
+}
 
 // The value of a channel, of two sets of rows.
 __device__ __forceinline__ float value_of(const Partial<kRaggedVector>& a,
@@ -241,166 +513,111 @@ struct ValueTarget {
 
 // ------------------------------------------------------------------------------ long windows
 
-// What follows from a configuration and a geometry: a CTA reduces one window over a slice of
-// kColumns channels, by kRowGroups of kLanes threads with kRows neighbours each.
-template <class Config, class Geometry>
+// What follows from a configuration: a CTA reduces one window over a slice of kColumns channels, by
+// kRowGroups of kLanes threads with kRows neighbours each.
+template <class Config>
 struct LongTile {
-  static constexpr int kThreads = 32 * Geometry::kWarps;
-  static constexpr int kMinCtas = Geometry::kMinCtas;
-  static constexpr int kVector = kRaggedVector;
-  static constexpr int kLanes = Geometry::kLanes;
-  static constexpr int kColumns = kLanes * kVector;
+  static constexpr int kThreads = 128, kMinCtas = 4, kVector = kRaggedVector;
+  static constexpr int kColumns = 64, kLanes = kColumns / kVector;
   static constexpr int kSlices = Config::kHeadDim / kColumns;
   static constexpr int kRowGroups = kThreads / kLanes;
   static constexpr int kRows = Config::kRatio / kRowGroups;
-  static constexpr int kBatch = 4;  // rows that are added to a partial result at once
-  static constexpr int kMergers = std::max(std::min(kThreads / kColumns, 4), 1);
-  static constexpr int kPartialStride = 3 * kColumns + std::max(32 / kMergers, 4);
+  static constexpr int kMergers = kThreads / kColumns;
+  static constexpr int kPartialStride = 3 * kColumns + 32 / kMergers;
   static_assert(!Config::kOverlap, "long windows that overlap: no kernel");
-  static_assert(kColumns * kSlices == Config::kHeadDim && kRows % kBatch == 0 &&
-                    kRows * kRowGroups == Config::kRatio && kColumns <= kThreads,
-                "a geometry's slices must fill head_dim, and its row groups share the rows evenly");
+  static_assert(kColumns * kSlices == Config::kHeadDim && kRows * kRowGroups == Config::kRatio,
+                "slices must fill head_dim, and row groups share the rows evenly");
 };
 
-// Grid: x = (slots, then requests) x slices, z = groups.
-template <class Config, StateFormat kFormat, class Geometry>
+// One thread's part of one window.
+template <class Config, StateFormat kFormat>
 struct LongWindow {
-  using T = LongTile<Config, Geometry>;
+  using T = LongTile<Config>;
   using Rows = RaggedRows<Config, kFormat>;
-  using Place = typename Rows::Place;
-  static constexpr int R = Config::kRatio, D = Config::kHeadDim, kVector = kRaggedVector;
+  static constexpr int R = Config::kRatio, kVector = kRaggedVector;
 
-  struct SharedPlan {
-    union {
-      alignas(16) float partials[T::kRowGroups][T::kPartialStride];
-      // Of the rows of each row group, then of those before it.
-      alignas(16) float prefixes[T::kRowGroups][2][T::kColumns];
-    };
+  union SharedPlan {
+    alignas(16) float partials[T::kRowGroups][T::kPartialStride];
+    // Of the rows of each row group, then of those before it: logsumexps and means.
+    alignas(16) float prefixes[T::kRowGroups][2][T::kColumns];
   };
 
-  const RaggedParams& p;
-  const Rows rows;
-  const int32_t window, base;  // base: position of the thread's first row
-  const int row_group, lane_column;
+  SharedPlan& smem;
+  const Rows& rows;
+  const int row_group = threadIdx.x / T::kLanes;
+  const int lane_column = threadIdx.x % T::kLanes * kVector;
   Partial<kVector> partial;
-  Place first_place;  // of the thread's first row, where its rows are on one page
 
-  __device__ __forceinline__ LongWindow(const RaggedParams& p, uint32_t group, const Owner& owner,
-                                        int32_t window_, int slice, const Rows& rows)
-      : p(p),
-        rows(rows),
-        window(window_),
-        base(window_ * R + threadIdx.x / T::kLanes * T::kRows),
-        row_group(threadIdx.x / T::kLanes),
-        lane_column(threadIdx.x % T::kLanes * kVector) {}
+  __device__ __forceinline__ LongWindow(SharedPlan& smem, const Rows& rows)
+      : smem(smem), rows(rows) {}
 
-  __device__ __forceinline__ bool is_on_one_page() const {
-    return p.paging.page_size.value % T::kRows == 0;
-  }
-  __device__ __forceinline__ Place place_of(int j) const {
-    return is_on_one_page() ? first_place.next(j) : rows.find(true, position_of(base, j));
-  }
-
+  using Own = Neighbours<Rows, T::kRows>;
   // Adds all rows of the window, and stores the new ones that are to be stored. The whole CTA calls
   // it.
-  __device__ __forceinline__ void add_rows(SharedPlan& smem) {
-    typename Rows::NewVector kv[T::kRows], score[T::kRows];
-#pragma unroll
-    for (int j = 0; j < T::kRows; ++j) rows.load_new(position_of(base, j), 0, kv[j], score[j]);
+  __device__ __forceinline__ void add_rows(int32_t window) {
     const bool may_store = rows.may_store(window), has_old = window * R < rows.start;
-    const bool reads_old = kFormat == StateFormat::kRaw && base < rows.start;
-    if (may_store || has_old) {
-      first_place = rows.find(is_on_one_page() && base < rows.length, base);
+    Own own(rows, window * R + row_group * T::kRows);
+    const auto* const kv = rows.new_kv(own.base, 0);
+    if (__builtin_expect(rows.is_whole(window), 1)) {
+      RowVector<typename Config::KvScore> loaded[T::kRows];
+#pragma unroll
+      for (int j = 0; j < T::kRows; ++j)
+        loaded[j] = rows.load_new(kv + int64_t{j} * rows.p.row_size);
+      if (may_store) own.find_places();
+      if (own.is_simple(may_store)) {
+        const uint32_t stored = may_store ? own.stored() : 0;
+#pragma unroll
+        for (int j = 0; j < T::kRows; j += 4) {
+          rows.template add_whole<4>(loaded + j, row_group * T::kRows + j, 0, stored >> j & 15,
+                                     own.first + j, partial);
+        }
+        return;
+      }
+    } else if (may_store || has_old) {
+      own.find_places();
     }
-    if (has_old) add_old_rows(reads_old);
+    const auto fetch = [&](int j, bool exists) {
+      return rows.load_new_if(exists, kv + int64_t{j} * rows.p.row_size);
+    };
+    uint32_t counted = own.all_new(), stored = 0;
+    if (may_store) {
+      counted = own.counted();
+      stored = own.stored();
+    }
+    if (has_old) {
+      if constexpr (kFormat == StateFormat::kRaw) {
+        own.add_old(0, partial);
+      } else if (row_group == 0) {  // one row has all of them
+        partial = partial_of(rows.load_row(rows.find(rows.start - 1), 0));
+      }
+    }
     [[maybe_unused]] Prefix open[kVector];  // before the thread's rows
+    if (kFormat == StateFormat::kPrefix && may_store) {
 #pragma unroll
-    for (int v = 0; v < kVector; ++v) open[v] = prefix_of(v);
-#pragma unroll
-    for (int first = 0; first < T::kRows; first += T::kBatch) {
-      typename Rows::StateVector stored_kv[T::kBatch], stored_score[T::kBatch];
-#pragma unroll
-      for (int i = 0; i < T::kBatch; ++i) {
-        const int j = first + i;
-        const bool is_new = rows.is_new(position_of(base, j));
-        const auto row = rows.as_stored(kv[j], score[j], rows.load_bias(position_of(base, j), 0));
-        bool counts = is_new;
-        if (may_store && is_new) {
-          const bool stores = rows.stores(position_of(base, j));
-          if (stores) {
-            const Place place = place_of(j);
-            if (kFormat == StateFormat::kRaw) rows.store_stored(place, 0, row);
-            if (p.rule.all) counts = place.exists();
-          }
-        }
-        stored_kv[i] = row.kv;
-        stored_score[i] = row.score;
-#pragma unroll
-        for (int v = 0; v < kVector; ++v) {
-          if (!counts) {
-            stored_kv[i].x[v] = round_to<typename Config::State>(0);
-            stored_score[i].x[v] = round_to<typename Config::State>(kNegInf);
-          }
-        }
-      }
-      partial.add(stored_kv, stored_score);
+      for (int v = 0; v < kVector; ++v) open[v] = prefix_of(partial, v);
     }
+    own.template add_new<8>(fetch, 0, counted, stored, partial);
     if constexpr (kFormat == StateFormat::kPrefix) {
-      if (may_store) store_prefixes(smem, kv, score, open);
+      if (may_store) store_prefixes(own, fetch, counted, stored, open);
     }
-  }
-
-  // What the thread's rows before the call add. On a state of prefixes they are one row, and the
-  // first row group has it.
-  __device__ __forceinline__ void add_old_rows(bool reads) {
-    if constexpr (kFormat == StateFormat::kPrefix) {
-      const int32_t position = rows.start - 1;
-      if (row_group == 0) {
-        partial = Rows::partial_of(rows.load_stored(rows.find(true, position), 0));
-      }
-    } else if (reads) {
-#pragma unroll 1
-      for (int first = 0; first < T::kRows; first += T::kBatch) {
-        typename Rows::StateVector kv[T::kBatch], score[T::kBatch];
-#pragma unroll
-        for (int i = 0; i < T::kBatch; ++i) {
-          Place place = place_of(first + i);
-          if (base + first + i >= rows.start) place = Place{};
-          const auto row = rows.load_stored(place, 0);
-          kv[i] = row.kv;
-          score[i] = row.score;
-        }
-        partial.add(kv, score);
-      }
-    }
-  }
-
-  __device__ __forceinline__ Prefix prefix_of(int v) const {
-    const float sum = partial.sum.x[v];
-    if (sum == 0) return {};
-    return {partial.max.x[v] + logf(sum), partial.weighted.x[v] / sum};
   }
 
   // Merges row after row what the row groups hold, and stores the rows that are to be stored.
-  __device__ __forceinline__ void store_prefixes(SharedPlan& smem,
-                                                 const typename Rows::NewVector (&kv)[T::kRows],
-                                                 const typename Rows::NewVector (&score)[T::kRows],
-                                                 Prefix (&open)[kVector]) const {
-    const auto at = [&](int group, int part, int column) -> float& {
-      return smem.prefixes[group][part][column];
-    };
+  template <class Fetch>
+  __device__ __forceinline__ void store_prefixes(const Own& own, Fetch&& fetch, uint32_t counted,
+                                                 uint32_t stored, Prefix (&open)[kVector]) const {
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
-      const Prefix all = prefix_of(v);
-      at(row_group, 0, lane_column + v) = all.lse;
-      at(row_group, 1, lane_column + v) = all.mean;
+      const Prefix all = prefix_of(partial, v);
+      smem.prefixes[row_group][0][lane_column + v] = all.lse;
+      smem.prefixes[row_group][1][lane_column + v] = all.mean;
     }
     __syncthreads();  // all row groups' prefixes, before they are merged
     if (threadIdx.x < T::kColumns) {
       Prefix before;
 #pragma unroll 1
       for (int g = 0; g < T::kRowGroups; ++g) {
-        float &lse = at(g, 0, threadIdx.x), &mean = at(g, 1, threadIdx.x);
+        float &lse = smem.prefixes[g][0][threadIdx.x], &mean = smem.prefixes[g][1][threadIdx.x];
         const Prefix own = {lse, mean};
         lse = before.lse;
         mean = before.mean;
@@ -411,284 +628,254 @@ struct LongWindow {
     if (row_group > 0) {
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
-        open[v] = {at(row_group, 0, lane_column + v), at(row_group, 1, lane_column + v)};
+        open[v] = {smem.prefixes[row_group][0][lane_column + v],
+                   smem.prefixes[row_group][1][lane_column + v]};
       }
     }
-#pragma unroll
-    for (int j = 0; j < T::kRows; ++j) {
-      if (!rows.is_new(position_of(base, j))) continue;
-      const bool stores = rows.stores(position_of(base, j));
-      const Place place = stores ? place_of(j) : Place{};
-      auto row = rows.as_stored(kv[j], score[j], rows.load_bias(position_of(base, j), 0));
-      const bool counts = !p.rule.all || place.exists();
-#pragma unroll
-      for (int v = 0; v < kVector; ++v) {
-        if (counts) open[v] = merge(open[v], {to_f32(row.score.x[v]), to_f32(row.kv.x[v])});
-        row.score.x[v] = round_to<typename Config::State>(open[v].lse);
-        row.kv.x[v] = round_to<typename Config::State>(open[v].mean);
-      }
-      if (stores) rows.store_stored(place, 0, row);
-    }
+    own.store_prefixes(fetch, 0, counted, stored, open);
     __syncthreads();  // all reads, before the partial results take the same memory
   }
 };
 
-template <class Config, StateFormat kFormat, class Geometry>
-__global__ void __launch_bounds__(LongTile<Config, Geometry>::kThreads,
-                                  LongTile<Config, Geometry>::kMinCtas)
+// Grid: x = slots x slices, z = groups. The CTAs of a request's last slot also store the rows of
+// the window that it leaves open.
+template <class Config, StateFormat kFormat>
+__global__ void __launch_bounds__(LongTile<Config>::kThreads, LongTile<Config>::kMinCtas)
     ragged_long_kernel(const __grid_constant__ RaggedParams p,
                        const __grid_constant__ ValueTarget target) {
-  using Window = LongWindow<Config, kFormat, Geometry>;
+  using Window = LongWindow<Config, kFormat>;
   using T = typename Window::T;
   constexpr int R = Config::kRatio, D = Config::kHeadDim;
   __shared__ typename Window::SharedPlan smem;
-  const int32_t task = blockIdx.x / T::kSlices, slice = blockIdx.x % T::kSlices;
+  const int32_t slot = blockIdx.x / T::kSlices,
+                slice_column = blockIdx.x % T::kSlices * T::kColumns;
   const uint32_t group = blockIdx.z;
-  const bool is_end = task >= p.num_windows;
-  const Owner owner =
-      is_end ? find_request(p, group, task - p.num_windows) : find_owner<Config>(p, group, task);
+  const Owner owner = find_owner<Config>(p, group, slot);
   const int lane_column = threadIdx.x % T::kLanes * kRaggedVector;
-  const typename Window::Rows rows(p, group, owner, slice * T::kColumns + lane_column);
-  const int64_t out = (int64_t{group} * p.num_windows + task) * D + slice * T::kColumns;
-  const int32_t window =
-      is_end ? rows.r.end_window
-             : rows.r.first_window + task - first_slot<Config>(owner.index, owner.begin);
-  const bool completes = owner.index >= 0 && window < rows.r.end_window;
-  if (is_end) {
-    if (owner.index < 0 || window * R >= rows.length || !rows.may_store(window)) return;
-  } else if (!completes) {
+  const typename Window::Rows rows(p, group, owner, slice_column + lane_column);
+  const int64_t out = (int64_t{group} * p.num_windows + slot) * D + slice_column;
+  const int32_t own_slot = first_slot<Config>(owner.index, owner.begin);
+  int32_t window = rows.r.first_window + slot - own_slot;
+  const int32_t end_window = rows.r.end_window;
+  const bool is_last = slot + 1 == first_slot<Config>(owner.index + 1, owner.end);
+  const bool has_end = is_last && end_window * R < rows.length && rows.may_store(end_window);
+  if (window >= end_window) {
     if (threadIdx.x < T::kLanes) target.store_four(out + lane_column, {});
-    return;
+    if (!has_end) return;
+    window = end_window;
   }
-  Window w(p, group, owner, window, slice, rows);
-  w.add_rows(smem);
-  if (is_end) return;
-  merge_row_groups<T>(
-      smem.partials, w.partial, w.row_group, [] { __syncthreads(); },
-      [&](int c, float value) { target.store_one(out + c, value); });
+#pragma unroll 1
+  for (;; window = end_window) {
+    Window part(smem, rows);
+    part.add_rows(window);
+    if (window == end_window) return;
+    merge_row_groups<T>(
+        smem.partials, part.partial, part.row_group, [] { __syncthreads(); },
+        [&](int c, float value) { target.store_one(out + c, value); });
+    if (!has_end) return;
+    __syncthreads();  // all reads, before the next window's partial results
+  }
 }
 
 // ----------------------------------------------------------------------------- short windows
 
-// A walker is D / 4 threads that go through `slots_per_walker` slots, one after the other: what a
-// window adds to the next one's value stays in registers. A CTA has kWalkers.
+// A walker is D / 4 threads that go through some slots, one after the other: what a window adds to
+// the next one's value stays in registers, and the next windows' new rows are on their way. A CTA
+// has kWalkers.
 template <class Config>
 struct ShortTile {
   static constexpr int kLanes = Config::kHeadDim / kRaggedVector;
   static constexpr int kWalkers = std::max(128 / kLanes, 1);
   static constexpr int kThreads = kLanes * kWalkers;
   static constexpr int kHalves = Config::kOverlap ? 2 : 1;
+  static constexpr int kOwn = kHalves - 1;  // the half that a window adds to its own value
+  using Stage =
+      StagedRows<typename Config::KvScore, Config::kRatio * kHalves, kThreads>;  // of a window
+  static constexpr int kStages = std::clamp<int>(kStageBytes / sizeof(Stage), 1, 4);
+  static constexpr int kMinCtas = 4;
   static_assert(kLanes % 32 == 0, "whole warps look for the request of a slot");
-};
-
-// One thread's part of the windows of one request.
-template <class Config, StateFormat kFormat>
-struct ShortWindows {
-  using T = ShortTile<Config>;
-  using Rows = RaggedRows<Config, kFormat>;
-  using Place = typename Rows::Place;
-  static constexpr int R = Config::kRatio, D = Config::kHeadDim, kVector = kRaggedVector;
-  static constexpr int kOwn = T::kHalves - 1;  // the half that a window adds to its own value
-
-  const RaggedParams& p;
-  const Rows& rows;
-
-  __device__ __forceinline__ bool is_on_one_page() const {
-    return p.paging.page_size.value % R == 0;
-  }
-  __device__ __forceinline__ Place place_of(const Place& first, int32_t begin, int j) const {
-    return is_on_one_page() ? first.next(j) : rows.find(true, position_of(begin, j));
-  }
-
-  // The new rows of a window, in one half.
-  struct NewRows {
-    typename Rows::NewVector kv[R], score[R];
-  };
-  __device__ __forceinline__ void load_new(int32_t window, int half, NewRows& loaded) const {
-#pragma unroll
-    for (int j = 0; j < R; ++j) {
-      rows.load_new(position_of(window * R, j), half, loaded.kv[j], loaded.score[j]);
-    }
-  }
-
-  // What all rows of a window add, in one half. `first`: the place of its first row, where it is
-  // needed.
-  __device__ __forceinline__ Partial<kVector> add_rows(int32_t window, int half,
-                                                       const NewRows& loaded,
-                                                       const Place& first) const {
-    const int32_t begin = window * R;
-    Partial<kVector> partial;
-    if (begin < rows.start) {  // before the call
-      if constexpr (kFormat == StateFormat::kPrefix) {
-        // The row of the last one before the call: or of the last one of all.
-        const int32_t last = min(rows.start, begin + R) - 1;
-        const Place place = place_of(first, begin, last - begin);
-        partial = Rows::partial_of(rows.load_stored(place, half));
-      } else {
-        typename Rows::StateVector kv[R], score[R];
-#pragma unroll
-        for (int j = 0; j < R; ++j) {
-          Place place = place_of(first, begin, j);
-          if (begin + j >= rows.start) place = Place{};
-          const auto row = rows.load_stored(place, half);
-          kv[j] = row.kv;
-          score[j] = row.score;
-        }
-        partial.add(kv, score);
-      }
-      if (begin + R <= rows.start) return partial;
-    }
-    typename Rows::StateVector kv[R], score[R];
-#pragma unroll
-    for (int j = 0; j < R; ++j) {
-      const int32_t position = position_of(begin, j);
-      const auto row =
-          rows.as_stored(loaded.kv[j], loaded.score[j], rows.load_bias(position, half));
-      const bool counts =
-          rows.is_new(position) && (!p.rule.all || place_of(first, begin, j).exists());
-      kv[j] = row.kv;
-      score[j] = row.score;
-#pragma unroll
-      for (int v = 0; v < kVector; ++v) {
-        if (!counts) {
-          kv[j].x[v] = round_to<typename Config::State>(0);
-          score[j].x[v] = round_to<typename Config::State>(kNegInf);
-        }
-      }
-    }
-    partial.add(kv, score);
-    return partial;
-  }
-
-  // Stores the new rows of a window that are to be stored, in one half.
-  __device__ __forceinline__ void store_rows(int32_t window, int half, const NewRows& loaded,
-                                             const Place& first) const {
-    const int32_t begin = window * R;
-    [[maybe_unused]] Prefix open[kVector];
-    if (kFormat == StateFormat::kPrefix && begin < rows.start) {
-      const Place place = place_of(first, begin, rows.start - 1 - begin);
-      const auto row = rows.load_stored(place, half);
-#pragma unroll
-      for (int v = 0; v < kVector; ++v) open[v] = {to_f32(row.score.x[v]), to_f32(row.kv.x[v])};
-    }
-#pragma unroll
-    for (int j = 0; j < R; ++j) {
-      const int32_t position = position_of(begin, j);
-      if (!rows.is_new(position)) continue;
-      const bool stores = rows.stores(position);
-      const Place place = stores ? place_of(first, begin, j) : Place{};
-      auto row = rows.as_stored(loaded.kv[j], loaded.score[j], rows.load_bias(position, half));
-      if constexpr (kFormat == StateFormat::kPrefix) {
-        const bool counts = !p.rule.all || place.exists();
-#pragma unroll
-        for (int v = 0; v < kVector; ++v) {
-          if (counts) open[v] = merge(open[v], {to_f32(row.score.x[v]), to_f32(row.kv.x[v])});
-          row.score.x[v] = round_to<typename Config::State>(open[v].lse);
-          row.kv.x[v] = round_to<typename Config::State>(open[v].mean);
-        }
-      }
-      if (stores) rows.store_stored(place, half, row);
-    }
-  }
-
-  // The place of a window's first row, if any row of it may have a place that matters.
-  __device__ __forceinline__ Place find_first(int32_t window, bool may_store) const {
-    const int32_t begin = window * R;
-    return rows.find(is_on_one_page() && (may_store || begin < rows.start), begin);
-  }
 };
 
 struct RaggedShortParams : RaggedParams {
   ValueTarget target;
   int32_t slots_per_walker;
-  uint32_t num_walkers;  // of slots; one more for each request
 
   RaggedShortParams(const RaggedParams& p, const ValueTarget& target, int32_t slots_per_walker)
-      : RaggedParams(p),
-        target(target),
-        slots_per_walker(slots_per_walker),
-        num_walkers((p.num_windows + slots_per_walker - 1) / slots_per_walker) {}
+      : RaggedParams(p), target(target), slots_per_walker(slots_per_walker) {}
+  JAX_DSV4_HD uint32_t num_walkers() const {
+    return (num_windows + slots_per_walker - 1) / slots_per_walker;
+  }
 };
 
-// Grid: x = walkers of slots, then requests, kWalkers at once; z = groups.
+// The neighbouring windows of one request that a walker has, in one thread's channels.
 template <class Config, StateFormat kFormat>
-__global__ void __launch_bounds__(ShortTile<Config>::kThreads)
+struct ShortWindows {
+  using T = ShortTile<Config>;
+  using Rows = RaggedRows<Config, kFormat>;
+  using Own = Neighbours<Rows, Config::kRatio>;
+  static constexpr int R = Config::kRatio, kVector = kRaggedVector, kOwn = T::kOwn;
+
+  struct SharedPlan {
+    typename T::Stage stages[T::kStages];
+  };
+
+  SharedPlan& smem;
+  const Rows& rows;
+  // Windows first <= w < end are completed here. Where windows overlap, the one before them is
+  // needed, too; and if `has_end`, the rows of the one after them are stored.
+  const int32_t first, end;
+  const bool has_end;
+
+  // Of all of these.
+  __device__ __forceinline__ int32_t first_unit() const {
+    return first - (Config::kOverlap && first > 0 && first < end);
+  }
+  __device__ __forceinline__ int32_t end_unit() const { return end + has_end; }
+
+  // Whether its first half is needed: for the next one, or to be stored.
+  __device__ __forceinline__ bool needs_first_half(int32_t window) const {
+    return window + 1 < end || (window >= first && rows.may_store(window));
+  }
+  // Starts copies of its new rows, if there is such a window.
+  __device__ __forceinline__ void stage(int32_t window, int number) const {
+    if (window < end_unit()) {
+      auto& to = smem.stages[number];
+      const int32_t base = window * R;
+      const auto* const kv = rows.new_kv(base, 0);
+      const bool is_whole = rows.is_whole(window);
+      const auto copy = [&](int half) {
+#pragma unroll
+        for (int j = 0; j < R; ++j) {
+          const auto* const row = kv + int64_t{j} * rows.p.row_size + half * Config::kHeadDim;
+          to.copy(is_whole || rows.is_new(base + j), j + half * R, row, row + rows.p.score_offset);
+        }
+      };
+      if (window >= first) copy(kOwn);
+      if (Config::kOverlap && needs_first_half(window)) copy(0);
+    }
+    commit_copies();
+  }
+
+  // Calls emit(window, value) for each completed one.
+  template <class Emit>
+  __device__ __forceinline__ void run(Emit&& emit) const {
+    Partial<kVector> before;  // what the last window adds to this one's value
+    const int32_t begin = first_unit(), stop = end_unit();
+#pragma unroll 1
+    for (int i = 0; i < T::kStages - 1; ++i) stage(begin + i, i);
+    int number = 0;  // of the stage
+#pragma unroll 1
+    for (int32_t window = begin; window < stop; ++window) {
+      stage(window + T::kStages - 1, number == 0 ? T::kStages - 1 : number - 1);
+      const bool has_own = window >= first && window < end;
+      const bool has_next = Config::kOverlap && window + 1 < end;
+      const auto fetch = [&](int half) {
+        return [&, half](int j, bool) { return smem.stages[number][half * R + j]; };
+      };
+      const bool may_store = window >= first && rows.may_store(window);
+      Own own(rows, window * R);
+      if (may_store || own.first_new > 0 || rows.p.rule.all) own.find_places();
+      const uint32_t stored = may_store ? own.stored() : 0;
+      if (__builtin_expect(rows.is_whole(window) && own.is_simple(may_store || rows.p.rule.all),
+                           1)) {
+        wait_for_copies<T::kStages - 1>();
+        if (has_own) {
+          Partial<kVector> partial;
+          add_whole(fetch(kOwn), kOwn, stored, own.first, partial);
+          emit(window, value_of(before, partial));
+        }
+        if (has_next || (Config::kOverlap && stored != 0)) {
+          before = {};
+          add_whole(fetch(0), 0, stored, own.first, before);
+        }
+      } else {
+        const uint32_t counted = own.counted();
+        wait_for_copies<T::kStages - 1>();
+#pragma unroll 1
+        for (int half = kOwn; half >= 0; --half) {
+          const bool is_for_value = half == kOwn && has_own, is_for_next = half == 0 && has_next;
+          if (!is_for_value && !is_for_next && stored == 0) continue;
+          Partial<kVector> partial;
+          [[maybe_unused]] Prefix open[kVector];
+          if (own.first_new > 0) {
+            if constexpr (kFormat == StateFormat::kRaw) {
+              own.add_old(half, partial);
+            } else {  // one row has all of them
+              const auto row = rows.load_row(own.place_of(own.first_new - 1), half);
+              partial = partial_of(row);
+#pragma unroll
+              for (int v = 0; v < kVector; ++v) {
+                open[v] = {jax_dsv4::to_f32(row.score.x[v]), jax_dsv4::to_f32(row.kv.x[v])};
+              }
+            }
+          }
+          own.template add_new<R>(fetch(half), half, counted, stored, partial);
+          if constexpr (kFormat == StateFormat::kPrefix) {
+            if (stored != 0) own.store_prefixes(fetch(half), half, counted, stored, open);
+          }
+          if (is_for_value) emit(window, value_of(before, partial));
+          if (is_for_next) before = partial;
+        }
+      }
+      if (++number == T::kStages) number = 0;
+    }
+    wait_for_copies<0>();  // before the stages take other windows
+  }
+
+ private:
+  template <class Fetch>
+  __device__ __forceinline__ void add_whole(Fetch&& fetch, int half, uint32_t stored,
+                                            const Place& place, Partial<kVector>& partial) const {
+    RowVector<typename Config::KvScore> row[R];
+#pragma unroll
+    for (int j = 0; j < R; ++j) row[j] = fetch(j, true);
+    rows.template add_whole<R>(row, 0, half, stored, place, partial);
+  }
+  __device__ __forceinline__ static Vector<float, kVector> value_of(const Partial<kVector>& before,
+                                                                    const Partial<kVector>& own) {
+    Vector<float, kVector> value;
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) value.x[v] = jax_dsv4::value_of(before, own, v);
+    return value;
+  }
+};
+
+// Grid: x = walkers, kWalkers at once; z = groups. The walker of a request's last slot also stores
+// the rows of the window that it leaves open.
+template <class Config, StateFormat kFormat>
+__global__ void __launch_bounds__(ShortTile<Config>::kThreads, ShortTile<Config>::kMinCtas)
     ragged_short_kernel(const __grid_constant__ RaggedShortParams p) {
   using Windows = ShortWindows<Config, kFormat>;
   using T = typename Windows::T;
-  using Rows = typename Windows::Rows;
-  constexpr int R = Config::kRatio, D = Config::kHeadDim, kOwn = Windows::kOwn;
-  constexpr bool kOverlap = Config::kOverlap;
+  constexpr int R = Config::kRatio, D = Config::kHeadDim;
+  __shared__ typename Windows::SharedPlan smem;
   const uint32_t group = blockIdx.z;
   const uint32_t walker = blockIdx.x * T::kWalkers + threadIdx.x / T::kLanes;
+  if (walker >= p.num_walkers()) return;
   const int column = threadIdx.x % T::kLanes * kRaggedVector;
-  if (walker >= p.num_walkers) {  // a request's end
-    const uint32_t index = walker - p.num_walkers;
-    if (index >= p.batch) return;
-    const Owner owner = find_request(p, group, index);
-    if (owner.index < 0) return;
-    const Rows rows(p, group, owner, column);
-    const Windows windows{p, rows};
-    const int32_t window = rows.r.end_window;
-    if (window * R >= rows.length || !rows.may_store(window)) return;
-    typename Windows::NewRows loaded[T::kHalves];
-#pragma unroll
-    for (int half = 0; half < T::kHalves; ++half) windows.load_new(window, half, loaded[half]);
-    const auto first = windows.find_first(window, true);
-#pragma unroll
-    for (int half = 0; half < T::kHalves; ++half) {
-      windows.store_rows(window, half, loaded[half], first);
-    }
-    return;
-  }
-  const int32_t first_slot_ = walker * p.slots_per_walker;
-  const int32_t end_slot = min(first_slot_ + p.slots_per_walker, p.num_windows);
+  const int32_t end_slot =
+      min(p.num_windows, static_cast<int32_t>(walker + 1) * p.slots_per_walker);
 #pragma unroll 1
-  for (int32_t slot = first_slot_; slot < end_slot;) {
+  for (int32_t slot = walker * p.slots_per_walker; slot < end_slot;) {
     const Owner owner = find_owner<Config>(p, group, slot);
-    const Rows rows(p, group, owner, column);
-    const Windows windows{p, rows};
-    const int32_t own_slot = owner.index < 0 ? slot : first_slot<Config>(owner.index, owner.begin);
+    const typename Windows::Rows rows(p, group, owner, column);
+    const int32_t own_slot = first_slot<Config>(owner.index, owner.begin);
     const int32_t next_slot =
-        owner.index < 0 ? slot + 1 : min(end_slot, first_slot<Config>(owner.index + 1, owner.end));
-    Partial<kRaggedVector> before;
-    bool has_before = false;
+        owner.index < 0 ? slot + 1 : first_slot<Config>(owner.index + 1, owner.end);
+    const int32_t next = min(next_slot, end_slot);
+    const int32_t end_window = rows.r.end_window;
+    const int32_t first = min(rows.r.first_window + slot - own_slot, end_window);
+    const int32_t end = min(first + next - slot, end_window);
+    const bool has_end =
+        next == next_slot && end_window * R < rows.length && rows.may_store(end_window);
+    const int64_t out = (int64_t{group} * p.num_windows + slot) * D + column;
+    Windows{smem, rows, first, end, has_end}.run(
+        [&](int32_t window, const Vector<float, kRaggedVector>& value) {
+          p.target.store_four(out + int64_t{window - first} * D, value);
+        });
 #pragma unroll 1
-    for (; slot < next_slot; ++slot) {
-      const int64_t out = (int64_t{group} * p.num_windows + slot) * D + column;
-      const int32_t window = rows.r.first_window + slot - own_slot;
-      if (owner.index < 0 || window >= rows.r.end_window) {
-        p.target.store_four(out, {});
-        continue;
-      }
-      const bool may_store = rows.may_store(window);
-      const bool keeps = kOverlap && slot + 1 < next_slot && window + 1 < rows.r.end_window;
-      typename Windows::NewRows loaded[T::kHalves];
-      windows.load_new(window, kOwn, loaded[kOwn]);
-      if (kOverlap && (keeps || may_store)) windows.load_new(window, 0, loaded[0]);
-      const auto first = windows.find_first(window, may_store);
-      if (kOverlap && !has_before) {
-        before = {};
-        if (window > 0) {
-          typename Windows::NewRows last;
-          windows.load_new(window - 1, 0, last);
-          const auto place = windows.find_first(window - 1, p.rule.all);
-          before = windows.add_rows(window - 1, 0, last, place);
-        }
-      }
-      const auto own = windows.add_rows(window, kOwn, loaded[kOwn], first);
-      Vector<float, kRaggedVector> value;
-#pragma unroll
-      for (int v = 0; v < kRaggedVector; ++v) value.x[v] = value_of(before, own, v);
-      p.target.store_four(out, value);
-      if (may_store) {
-#pragma unroll
-        for (int half = 0; half < T::kHalves; ++half) {
-          windows.store_rows(window, half, loaded[half], first);
-        }
-      }
-      if (keeps) before = windows.add_rows(window, 0, loaded[0], first);
-      has_before = keeps;
+    for (slot += end - first; slot < next; ++slot) {
+      p.target.store_four((int64_t{group} * p.num_windows + slot) * D + column, {});
     }
   }
 }

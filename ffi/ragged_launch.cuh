@@ -22,35 +22,28 @@ const char* launch_ragged_format(cudaStream_t stream, const RaggedParams& p,
       "kv_score, cu_q_lens: too many rows, requests or groups for one launch";
   if (p.num_groups > kMaxGridZ) return kTooMany;
   if constexpr (Config::kReducedRows > 32) {
-    const char* problem = "geometry: expected -1, or the index of one that is compiled";
-    int64_t index = 0;
-    using Geometries = typename RaggedGeometriesOf<sizeof(typename Config::KvScore)>::List;
-    visit_any(Geometries{}, [&](auto chosen) {
-      using T = LongTile<Config, decltype(chosen)>;
-      if (index++ != std::max<int64_t>(geometry, 0)) return false;
-      const int64_t ctas = (int64_t{p.num_windows} + p.batch) * T::kSlices;
-      problem = ctas > kMaxGridX ? kTooMany : nullptr;
-      if (problem == nullptr && ctas > 0) {
-        const dim3 grid(static_cast<unsigned>(ctas), 1, p.num_groups);
-        ragged_long_kernel<Config, kFormat, decltype(chosen)>
-            <<<grid, T::kThreads, 0, stream>>>(p, target);
-      }
-      return true;
-    });
-    return problem;
+    using T = LongTile<Config>;
+    if (geometry > 0) return "geometry: expected -1 or 0";
+    const int64_t ctas = int64_t{p.num_windows} * T::kSlices;
+    if (ctas > kMaxGridX) return kTooMany;
+    if (ctas == 0) return nullptr;
+    const dim3 grid(static_cast<unsigned>(ctas), 1, p.num_groups);
+    ragged_long_kernel<Config, kFormat><<<grid, T::kThreads, 0, stream>>>(p, target);
+    return nullptr;
   } else {
     using T = ShortTile<Config>;
     const int64_t slots = int64_t{p.num_windows} * p.num_groups;
     int64_t per_walker = geometry;
     if (geometry < 0) {
-      per_walker =
-          std::clamp<int64_t>(slots * T::kLanes / kRaggedWalkerThreads, 1, kMostSlotsPerWalker);
+      const int64_t threads = slots * T::kLanes;
+      per_walker = std::clamp<int64_t>((threads + kRaggedWalkerThreads - 1) / kRaggedWalkerThreads,
+                                       1, kMostSlotsPerWalker);
     }
     if (per_walker < 1 || per_walker > 1024) {
       return "geometry: expected -1, or the slots of a walker, 1 to 1024";
     }
     const RaggedShortParams params(p, target, static_cast<int32_t>(per_walker));
-    const int64_t ctas = (int64_t{params.num_walkers} + p.batch + T::kWalkers - 1) / T::kWalkers;
+    const int64_t ctas = (int64_t{params.num_walkers()} + T::kWalkers - 1) / T::kWalkers;
     if (ctas > kMaxGridX) return kTooMany;
     if (ctas == 0) return nullptr;
     const dim3 grid(static_cast<unsigned>(ctas), 1, p.num_groups);
@@ -59,9 +52,6 @@ const char* launch_ragged_format(cudaStream_t stream, const RaggedParams& p,
   }
 }
 
-// Launches a batch; in the geometry of this index (for short windows, so many slots per walker), or
-// of our choice where it is negative. Returns what is wrong with the call, or null: launch errors
-// proper are left to cudaGetLastError.
 template <class Config>
 const char* launch_ragged(cudaStream_t stream, const RaggedParams& p, StateFormat format,
                           const ValueTarget& target, int64_t geometry) {
@@ -71,6 +61,27 @@ const char* launch_ragged(cudaStream_t stream, const RaggedParams& p, StateForma
     }
   }
   return launch_ragged_format<Config, StateFormat::kRaw>(stream, p, target, geometry);
+}
+
+// Launches a batch; in the geometry of this index (for short windows, so many slots per walker), or
+// of our choice where it is negative. Returns what is wrong with the call, or null: launch errors
+// proper are left to cudaGetLastError.
+inline const char* launch_ragged(cudaStream_t stream, const RaggedParams& p,
+                                 const Selection& selection, StateFormat format, int64_t geometry) {
+  const char* problem = "no compiled configuration";
+  const ValueTarget target = {p.kv_comp, selection.out == DType::kBF16};
+  Selection inner = selection;
+  inner.out = DType::kF32;
+  visit_any(Kinds{}, [&](auto kind) {
+    return inner.is_of(kind) && visit_any(InnerDTypesList{}, [&](auto types) {
+             using Types = decltype(types);
+             if (!is_of<Types>(inner)) return false;
+             problem =
+                 launch_ragged<Config<decltype(kind), Types>>(stream, p, format, target, geometry);
+             return true;
+           });
+  });
+  return problem;
 }
 
 }  // namespace jax_dsv4

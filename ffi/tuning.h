@@ -91,20 +91,11 @@ struct RecordGeometriesOf<Kind<kHeadDim, 128, false>> {
                         UpTo<kAnyChannels, Geometry<16, 128, 8, 1>>>;
 };
 
-// Of a ragged batch, long windows: a CTA reduces one over kLanes lanes of four channels; a thread
-// has all its rows in flight. Those of f32 take more registers.
-template <size_t kElementBytes>
-struct RaggedGeometriesOf {
-  using List = TypeList<Geometry<4, 16, 16, 4>, Geometry<8, 16, 8, 3>, Geometry<8, 32, 16, 2>>;
-};
-template <>
-struct RaggedGeometriesOf<4> {
-  using List = TypeList<Geometry<8, 16, 8, 2>>;
-};
-
-// Short windows: threads that should be there before any of them walks more than one slot, and the
-// most slots that one walks.
+// Of a ragged batch, short windows: shared memory for the new rows of a CTA's next windows; threads
+// that should be there before any of them walks more than one slot, and the most slots that one
+// walks.
+inline constexpr int kStageBytes = 48 * 1024;
 inline constexpr int64_t kRaggedWalkerThreads = 132 * 512;
-inline constexpr int64_t kMostSlotsPerWalker = 8;
+inline constexpr int64_t kMostSlotsPerWalker = 16;
 
 }  // namespace jax_dsv4

@@ -1,0 +1,43 @@
+// A ragged batch on a GPU: checked operands -> configuration -> launch.
+//
+// Command-buffer compatible: the same operands' shapes launch the same work, whatever their values.
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda_error.cuh"
+#include "ragged_call.h"
+#include "ragged_launch.cuh"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_dsv4 {
+namespace {
+
+ffi::Error ragged(cudaStream_t stream, ffi::RemainingArgs operands, ffi::RemainingRets results,
+                  const RaggedAttributes& attributes) {
+  const ffi::ErrorOr<RaggedCall> call = check_ragged(operands, results, attributes);
+  if (!call) return call.error();
+  if (call->empty) return ffi::Error::Success();
+  const RaggedParams& p = call->params;
+  const void* const vectors[] = {p.kv, p.score, p.kv_score, p.ape, p.kv_comp};
+  const int64_t element = size_of(call->selection.kv_score);
+  bool aligned = p.score_offset * element % 16 == 0 && p.row_size * element % 16 == 0;
+  for (const void* pointer : vectors) aligned &= reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+  if (!aligned) {
+    return ffi::Error::InvalidArgument("operands: expected 16-byte aligned buffers");
+  }
+  const char* const problem =
+      launch_ragged(stream, p, call->selection, call->state_format, call->geometry);
+  if (problem != nullptr) return ffi::Error::InvalidArgument(problem);
+  return launch_error();
+}
+
+}  // namespace
+}  // namespace jax_dsv4
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    RaggedKvCompressCuda, jax_dsv4::ragged,
+    jax_dsv4::bind_call<jax_dsv4::RaggedAttributes>(
+        xla::ffi::Ffi::Bind().Ctx<xla::ffi::PlatformStream<cudaStream_t>>()),
+    {xla::ffi::Traits::kCmdBufferCompatible});
