@@ -450,6 +450,15 @@ template <class T>
 T __shfl_xor_sync(uint32_t mask, T x, int lanes, emulator::Place at = {}) {
   return emulator::meet_warp(true, mask, x, threadIdx.x ^ lanes, at)->shuffled;
 }
+template <class T>
+T __shfl_up_sync(uint32_t mask, T x, unsigned lanes, emulator::Place at = {}) {
+  const unsigned lane = threadIdx.x % 32;
+  return emulator::meet_warp(true, mask, x, lane < lanes ? lane : lane - lanes, at)->shuffled;
+}
+inline bool __any_sync(uint32_t mask, bool x, emulator::Place at = {}) {
+  return emulator::meet_warp(true, mask, x, 0, at)->ballot != 0;
+}
+inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline uint32_t __ballot_sync(uint32_t mask, bool x, emulator::Place at = {}) {
   return emulator::meet_warp(true, mask, x, 0, at)->ballot;
 }
@@ -480,6 +489,13 @@ void cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params.
   const std::tuple<Params...> params(arguments...);
   emulator::run(config->gridDim, config->blockDim.x, cluster, [&] { std::apply(kernel, params); });
 }
+namespace emulator {
+template <class... Params, class... Arguments>  // <<<grid, threads>>>
+void launch(void (*kernel)(Params...), dim3 grid, unsigned threads, const Arguments&... arguments) {
+  const std::tuple<Params...> params(arguments...);
+  run(grid, threads, 1, [&] { std::apply(kernel, params); });
+}
+}  // namespace emulator
 inline cudaError_t cudaGetLastError() { return emulator::problem.empty() ? 0 : cudaErrorUnknown; }
 inline const char* cudaGetErrorString(cudaError_t) { return emulator::problem.c_str(); }
 inline cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
