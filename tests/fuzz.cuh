@@ -227,7 +227,7 @@ std::string list_of(const std::vector<T>& items) {
 
 // --------------------------------------------------------------------------------------- comparing
 
-inline bool both_finite(float x, float y) { return std::isfinite(x) && std::isfinite(y); }
+inline bool both_finite(double x, double y) { return std::isfinite(x) && std::isfinite(y); }
 
 // How far two values are apart over a tolerance: at most 1 is right. `lenient`: of values that are
 // not finite, any may meet any.
