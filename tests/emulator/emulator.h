@@ -6,15 +6,16 @@
 // time, so that one may be far ahead of another. A CTA's shared memory starts as NaN. Asynchronous
 // copies come at once or when they are waited for; what is sent to a CTA of a cluster, at any time.
 //
-// A kernel fails by wrong results, and by: a deadlock; a warp that is not whole, or not at one
-// place, where its lanes meet; a barrier of two numbers of threads; copies that nobody waits for;
-// sending to a CTA that is not ready or has ended; an access that is misaligned, or behind an
-// array.
+// A kernel fails by wrong results, and by: a deadlock, or a minute without an end; a warp that is
+// not whole, or not at one place, where its lanes meet; a barrier of two numbers of threads; copies
+// that nobody waits for; sending to a CTA that is not ready or has ended; an access that is
+// misaligned, or behind an array.
 #pragma once
 
 #include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <csignal>
@@ -296,16 +297,18 @@ inline void run(dim3 grid, unsigned threads, unsigned size, const std::function<
   }
 }
 
-inline void stop_at_bad_access(int) {
-  std::printf("case of seed %s: a bad access%s\n", std::to_string(case_seed).c_str(),
-              describe_turn().c_str());
+inline void stop_at_signal(int signal) {
+  std::printf("case of seed %s: %s%s\n", std::to_string(case_seed).c_str(),
+              signal == SIGALRM ? "it does not end" : "a bad access", describe_turn().c_str());
   std::fflush(stdout);
   std::_Exit(1);
 }
 
 // Draws a device, and how its threads take turns.
 inline void start_case(uint64_t seed) {
-  std::signal(SIGSEGV, stop_at_bad_access);
+  std::signal(SIGSEGV, stop_at_signal);
+  std::signal(SIGALRM, stop_at_signal);
+  alarm(60);
   case_seed = seed;
   dice.seed(seed);
   has_clusters = dice() % 2 == 0;
