@@ -271,11 +271,15 @@ void draw_rows(Case& c, int64_t most, Draw& draw) {
   }
   if (pads || draw.chance(0.2)) c.num_rows += draw.between(0, pads ? 2 * c.R() : 3);
   if (draw.chance(0.02)) c.num_rows = 0;
+  const double bad = c.regime == Regime::kBadEntries ? draw.one_of({0.03, 0.1, 0.5}) : 0;
+  const double far = draw.one_of({0.0, 0.2, 0.8});
   for (uint32_t g = 0; g < c.cu_groups; ++g) {
     int32_t* const entries = &c.cu_q_lens[g * (c.batch + 1)];
-    for (uint32_t b = 0; b <= c.batch; ++b) {
-      if (b <= num_seqs ? c.regime == Regime::kBadEntries && draw.chance(0.2) : draw.chance(0.7)) {
+    for (int64_t b = 0; b <= c.batch; ++b) {
+      if (b > num_seqs ? draw.chance(0.7) : draw.chance(bad) && draw.chance(far)) {
         entries[b] = bad_number(draw, c.num_rows);
+      } else if (draw.chance(bad)) {
+        entries[b] += draw.between(-20, 20);
       }
     }
   }
@@ -558,7 +562,8 @@ void draw_case(std::deque<Case>& cases, Draw& draw) {
       batch = draw.chance(0.06) ? draw.between(100, 300) : draw.between(30, 70);
       break;
     case Regime::kEmpty:
-      batch = draw.chance(0.2) ? draw.between(30, 70) : draw.between(3, 12);
+    case Regime::kBadEntries:
+      batch = draw.chance(0.35) ? draw.between(30, 70) : draw.between(3, 12);
       break;
     default:
       batch = draw.chance(0.05) ? draw.between(32, 40) : draw.chance(0.02) ? 0 : draw.between(1, 9);
