@@ -193,7 +193,7 @@ void draw_shape(Case& c, Draw& draw) {
     c.column = 8 * draw.between(0, 3);
     c.row_size += c.column + 8 * draw.between(0, 3);
   }
-  c.page_size = draw.one_of({1, 2, 3, 8, 16, 32, 64});
+  c.page_size = draw.one_of({1, 2, 3, 5, 8, 16, 20, 32, 64});
   c.all = draw.chance(0.45);
   c.max_rewind = draw.one_of<int64_t>({0, 1, 2, 3, 3, c.R(), draw.between(4, 200), INT32_MAX});
   c.resume_every = draw.one_of<int64_t>({0, 0, c.page_size, c.page_size * draw.between(1, 9),
