@@ -5,7 +5,8 @@
 #
 #     test      every test that is marked gpu
 #     sanitize  the kernels alone under compute-sanitizer: bad accesses, and races
-#     fuzz      random calls of decode_records beside the CPU's results, and under compute-sanitizer
+#     fuzz      random calls of decode_records beside the CPU's results, and random ragged batches
+#               beside float64; and under compute-sanitizer
 #     job       the main job, in both state formats
 #     measure   most of README's times, with the baselines and jnp beside; the indexer; layers
 #     records   the times of store_records, with jnp beside, and of its launches captured by hand
@@ -128,10 +129,14 @@ run_sanitize() {
 
 # Padding between the buffers: without it, the next one may hide that one is overrun.
 run_fuzz() {
-  local fuzz=$results/fuzz
-  run fuzz-build nvcc -std=c++17 -O2 -arch=native -lineinfo -Iffi tests/fuzz_records.cu -o "$fuzz"
-  run fuzz-plain "$fuzz" 5000
-  run fuzz-memcheck compute-sanitizer --tool memcheck --padding 8192 --error-exitcode 9 "$fuzz" 5000
+  for name in records ragged; do
+    local fuzz=$results/fuzz_$name
+    run "fuzz-$name-build" \
+      nvcc -std=c++17 -O2 -arch=native -lineinfo -Iffi "tests/fuzz_$name.cu" -o "$fuzz"
+    run "fuzz-$name-plain" "$fuzz" 5000
+    run "fuzz-$name-memcheck" \
+      compute-sanitizer --tool memcheck --padding 8192 --error-exitcode 9 "$fuzz" 5000
+  done
 }
 
 run_job() {

@@ -6,15 +6,16 @@
 // time, so that one may be far ahead of another. A CTA's shared memory starts as NaN. Asynchronous
 // copies come at once or when they are waited for; what is sent to a CTA of a cluster, at any time.
 //
-// A kernel fails by wrong results, and by: a deadlock; a warp that is not whole, or not at one
-// place, where its lanes meet; a barrier of two numbers of threads; copies that nobody waits for;
-// sending to a CTA that is not ready or has ended; an access that is misaligned, or behind an
-// array.
+// A kernel fails by wrong results, and by: a deadlock, or a minute without an end; a warp that is
+// not whole, or not at one place, where its lanes meet; a barrier of two numbers of threads; copies
+// that nobody waits for; sending to a CTA that is not ready or has ended; an access that is
+// misaligned, or behind an array.
 #pragma once
 
 #include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <csignal>
@@ -296,16 +297,18 @@ inline void run(dim3 grid, unsigned threads, unsigned size, const std::function<
   }
 }
 
-inline void stop_at_bad_access(int) {
-  std::printf("case of seed %s: a bad access%s\n", std::to_string(case_seed).c_str(),
-              describe_turn().c_str());
+inline void stop_at_signal(int signal) {
+  std::printf("case of seed %s: %s%s\n", std::to_string(case_seed).c_str(),
+              signal == SIGALRM ? "it does not end" : "a bad access", describe_turn().c_str());
   std::fflush(stdout);
   std::_Exit(1);
 }
 
 // Draws a device, and how its threads take turns.
 inline void start_case(uint64_t seed) {
-  std::signal(SIGSEGV, stop_at_bad_access);
+  std::signal(SIGSEGV, stop_at_signal);
+  std::signal(SIGALRM, stop_at_signal);
+  alarm(60);
   case_seed = seed;
   dice.seed(seed);
   has_clusters = dice() % 2 == 0;
@@ -450,6 +453,15 @@ template <class T>
 T __shfl_xor_sync(uint32_t mask, T x, int lanes, emulator::Place at = {}) {
   return emulator::meet_warp(true, mask, x, threadIdx.x ^ lanes, at)->shuffled;
 }
+template <class T>
+T __shfl_up_sync(uint32_t mask, T x, unsigned lanes, emulator::Place at = {}) {
+  const unsigned lane = threadIdx.x % 32;
+  return emulator::meet_warp(true, mask, x, lane < lanes ? lane : lane - lanes, at)->shuffled;
+}
+inline bool __any_sync(uint32_t mask, bool x, emulator::Place at = {}) {
+  return emulator::meet_warp(true, mask, x, 0, at)->ballot != 0;
+}
+inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline uint32_t __ballot_sync(uint32_t mask, bool x, emulator::Place at = {}) {
   return emulator::meet_warp(true, mask, x, 0, at)->ballot;
 }
@@ -480,6 +492,13 @@ void cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params.
   const std::tuple<Params...> params(arguments...);
   emulator::run(config->gridDim, config->blockDim.x, cluster, [&] { std::apply(kernel, params); });
 }
+namespace emulator {
+template <class... Params, class... Arguments>  // <<<grid, threads>>>
+void launch(void (*kernel)(Params...), dim3 grid, unsigned threads, const Arguments&... arguments) {
+  const std::tuple<Params...> params(arguments...);
+  run(grid, threads, 1, [&] { std::apply(kernel, params); });
+}
+}  // namespace emulator
 inline cudaError_t cudaGetLastError() { return emulator::problem.empty() ? 0 : cudaErrorUnknown; }
 inline const char* cudaGetErrorString(cudaError_t) { return emulator::problem.c_str(); }
 inline cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }

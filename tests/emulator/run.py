@@ -1,10 +1,11 @@
-"""Runs tests/fuzz_records.cu, and with it the kernels of ``decode_records``, on a CPU.
+"""Runs the fuzzes of the kernels, of ``decode_records`` and of ragged batches, on a CPU.
 
-    python tests/emulator/run.py [cases=1000] [seed=0]
+    python tests/emulator/run.py [records|ragged] [cases] [seed=0]
 
-Needs a C++ compiler (CXX, or c++) and no CUDA. Compiles a copy of the sources in which calls of
-emulator.h stand for what is not C++; that file says how threads run and what fails. A case draws a
-device with clusters or without: ``run.py 1 SEED`` runs the case of a failure alone.
+Needs a C++ compiler (CXX, or c++) and no CUDA. Compiles copies of tests/fuzz_records.cu and
+tests/fuzz_ragged.cu in which calls of emulator.h stand for what is not C++; that file says how
+threads run and what fails. A case draws a device with clusters or without: ``run.py ragged 1 SEED``
+runs the case of a failure alone.
 """
 
 import os
@@ -12,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,18 +21,24 @@ FLAGS = "-std=c++17 -O1 -ffp-contract=off -fno-strict-aliasing -pthread -Wno-unk
 # Values that were never set are the same in every run; longjmp may go to another stack.
 FLAGS += " -ftrivial-auto-var-init=pattern -U_FORTIFY_SOURCE"
 
+CASES = {"records": "800", "ragged": "300"}  # of each fuzz
+
+START = (r"(run\(uint64_t seed\) \{)", r"\1 emulator::start_case(seed);")
 SHARED = (
     r"__shared__ (typename \w+::SharedPlan|union \{[^{}]*\}) smem;",
     r"using Shared = \1; auto& smem = emulator::shared<Shared>();",
 )
+LAUNCH = r"emulator::launch(\1, \2, \3, "
 # In a file, what of it stands in place of what, and how often.
 SUBSTITUTIONS = [
     ("decode_raw.cuh", *SHARED, 1),
     ("decode_prefix.cuh", *SHARED, 1),
     ("decode_records.cuh", *SHARED, 2),
+    ("ragged.cuh", *SHARED, 1),
+    ("ragged_launch.cuh", r"(\w+<[^;{}]*?>)\s*<<<(\w+), ([\w:]+), 0, stream>>>\(", LAUNCH, 2),
     ("decode_records.cuh", r'asm volatile\("" : "\+r"\(flags\), "\+f"\(eps\)\);', "", 1),
     ("record_stage.cuh", r'asm\("rsqrt.*"\(x\)\);', "y = 1 / sqrtf(x);", 1),
-    ("fuzz_records.cu", r"(run\(uint64_t seed\) \{)", r"\1 emulator::start_case(seed);", 1),
+    *((f"fuzz_{fuzz}.cu", *START, 1) for fuzz in CASES),
 ]
 
 # By function of vector.cuh: its body, or what comes before it, where that ends in "...". `at` is
@@ -71,7 +79,7 @@ def substitute_function(match):
 
 
 def copy_sources(folder):
-    for source in [*(ROOT / "ffi").glob("*.*h"), ROOT / "tests/fuzz_records.cu"]:
+    for source in [*(ROOT / "ffi").glob("*.*h"), *(ROOT / "tests").glob("fuzz*.cu*")]:
         text = source.read_text()
         for name, old, new, expected in SUBSTITUTIONS:
             if name == source.name:
@@ -86,13 +94,24 @@ def copy_sources(folder):
 
 
 def main():
+    arguments = sys.argv[1:]
+    fuzzes = [arguments.pop(0)] if arguments and arguments[0] in CASES else list(CASES)
     with tempfile.TemporaryDirectory() as name:
         folder, emulator = Path(name), Path(__file__).with_name("emulator.h")
         copy_sources(folder)
         build = [os.environ.get("CXX", "c++"), *FLAGS.split(), f"-I{name}", "-include", emulator]
-        build += ["-x", "c++", folder / "fuzz_records.cu", "-o", folder / "fuzz"]
-        fuzz = [folder / "fuzz", *(sys.argv[1:] or ["1000"])]
-        sys.exit(any(subprocess.run(command).returncode != 0 for command in (build, fuzz)))
+        build += ["-x", "c++"]
+
+        def run(fuzz):
+            program = folder / fuzz
+            subprocess.run([*build, folder / f"fuzz_{fuzz}.cu", "-o", program], check=True)
+            return subprocess.run([program, *(arguments or [CASES[fuzz]])], capture_output=True)
+
+        with ThreadPoolExecutor() as pool:
+            results = list(pool.map(run, fuzzes))
+    for fuzz, result in zip(fuzzes, results, strict=True):
+        print(f"{fuzz}:\n{result.stdout.decode()}{result.stderr.decode()}", end="")
+    sys.exit(any(result.returncode != 0 for result in results))
 
 
 if __name__ == "__main__":
