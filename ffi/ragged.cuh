@@ -24,6 +24,7 @@
 #include "paging.h"
 #include "prefix.h"
 #include "ragged.h"
+#include "record.h"
 #include "tuning.h"
 #include "vector.cuh"
 
@@ -126,8 +127,8 @@ __device__ __forceinline__ Vector<float, kRaggedVector> to_f32(
 __device__ __forceinline__ Vector<float, kRaggedVector> to_f32(
     const Vector<bf16, kRaggedVector>& x) {
   const auto words = reinterpret_cast<const uint32_t (&)[2]>(x);
-  return {{__uint_as_float(words[0] << 16), __uint_as_float(words[0] & 0xffff0000u),
-           __uint_as_float(words[1] << 16), __uint_as_float(words[1] & 0xffff0000u)}};
+  return {{float_of(words[0] << 16), float_of(words[0] & 0xffff0000u), float_of(words[1] << 16),
+           float_of(words[1] & 0xffff0000u)}};
 }
 
 // One thread's view of a request's rows, in some of its channels.
@@ -177,23 +178,17 @@ struct RaggedRows {
   __device__ __forceinline__ const KvScore* new_kv(int32_t position, int half) const {
     return r.kv_score + int64_t{position - r.first_position} * p.row_size + half * D + column;
   }
-  __device__ __forceinline__ Stored as_stored(const RowVector<KvScore>& row, int32_t position,
-                                              int half) const {
-    Vector<float, kRaggedVector> bias;
-#pragma unroll
-    for (int v = 0; v < kRaggedVector; ++v) bias.x[v] = -0.0f;  // adding +0 would lose a -0
-    if (r.ape != nullptr) {
-      bias = load<float, kRaggedVector>(r.ape + position % R * S + half * D + column);
-    }
+  __device__ __forceinline__ Stored as_stored(const RowVector<KvScore>& row,
+                                              const Vector<float, kRaggedVector>& bias) const {
     Stored stored;
 #pragma unroll
     for (int v = 0; v < kRaggedVector; ++v) {
-      stored.kv.x[v] = round_to<State>(to_f32(row.kv.x[v]));
-      stored.score.x[v] = round_to<State>(to_f32(row.score.x[v]) + bias.x[v]);
+      stored.kv.x[v] = round_to<State>(jax_dsv4::to_f32(row.kv.x[v]));
+      stored.score.x[v] = round_to<State>(jax_dsv4::to_f32(row.score.x[v]) + bias.x[v]);
     }
     return stored;
   }
-
+  // Of row `row` of a window.
   __device__ __forceinline__ Vector<float, kRaggedVector> bias_at(int row, int half) const {
     Vector<float, kRaggedVector> bias;
 #pragma unroll
@@ -201,16 +196,16 @@ struct RaggedRows {
     if (r.ape != nullptr) bias = load<float, kRaggedVector>(r.ape + row * S + half * D + column);
     return bias;
   }
-  // Adds kCount rows of a window, which has `first` as the first of them, as they are stored; those
-  // of the bits in `stored` are. `place`: of the first one.
-  template <int kCount>
-  __device__ __forceinline__ void add_whole(const RowVector<KvScore>* loaded, int first, int half,
-                                            uint32_t stored, const Place& place,
+  // Adds kCount rows as they are stored; those of the bits in `stored` are. bias_of(i): of row i;
+  // `place`: of the first one.
+  template <int kCount, class Bias>
+  __device__ __forceinline__ void add_whole(const RowVector<KvScore>* loaded, Bias&& bias_of,
+                                            int half, uint32_t stored, const Place& place,
                                             Partial<kRaggedVector>& partial) const {
     Vector<float, kRaggedVector> kv[kCount], score[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const auto bias = bias_at(first + i, half);
+      const auto bias = bias_of(i);
       kv[i] = jax_dsv4::to_f32(loaded[i].kv);
       score[i] = jax_dsv4::to_f32(loaded[i].score);
 #pragma unroll
@@ -348,8 +343,22 @@ struct Neighbours {
     return Rows::kFormat == StateFormat::kRaw && one_page && (!rows.p.rule.all || first.exists());
   }
 
-  // Adds the rows from before the call, on a raw state.
-  __device__ __forceinline__ void add_old(int half, Partial<kRaggedVector>& partial) const {
+  template <int kCount>
+  static __device__ __forceinline__ void add(const Stored* row, Partial<kRaggedVector>& partial) {
+    Vector<typename Rows::State, kRaggedVector> kv[kCount], score[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) kv[i] = row[i].kv, score[i] = row[i].score;
+    partial.add(kv, score);
+  }
+
+  // Adds the rows from before the call. On a state of prefixes the last one of them stands for all
+  // of its window; returns it.
+  __device__ __forceinline__ Stored add_old(int half, Partial<kRaggedVector>& partial) const {
+    if constexpr (Rows::kFormat == StateFormat::kPrefix) {
+      const Stored row = rows.load_row(place_of(first_new - 1), half);
+      add<1>(&row, partial);
+      return row;
+    }
     if (__builtin_expect(one_page, 1)) {
       constexpr int kAtOnce = kRows < 8 ? kRows : 8;
 #pragma unroll 1
@@ -369,6 +378,7 @@ struct Neighbours {
         add<1>(&row, partial);
       }
     }
+    return Rows::no_row();
   }
   // Adds the new rows that count, and on a raw state stores some; fetch(j): new row j. kAtOnce of
   // them are on their way at once.
@@ -389,7 +399,7 @@ struct Neighbours {
         Stored row[kBatch];
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-          row[i] = rows.as_stored(fetched[k + i], base + from + k + i, half);
+          row[i] = rows.as_stored(fetched[k + i], bias_at(from + k + i, half));
         }
         const uint32_t stored_here = stored >> (from + k), counted_here = counted >> (from + k);
         if (Rows::kFormat == StateFormat::kRaw && (stored_here & kOfBatch) != 0) {
@@ -421,10 +431,12 @@ struct Neighbours {
     const uint32_t needed = counted | stored;
     if (!has_new()) return;
     auto next = fetch(first_new, true);
+    auto next_bias = bias_at(first_new, half);
 #pragma unroll 1
     for (int j = first_new; j < end; ++j) {
-      Stored row = rows.as_stored(next, base + j, half);
+      Stored row = rows.as_stored(next, next_bias);
       next = fetch(min(j + 1, end - 1), j + 1 < end);
+      next_bias = bias_at(min(j + 1, end - 1), half);
       if ((needed >> j & 1) == 0) continue;
 #pragma unroll
       for (int v = 0; v < kRaggedVector; ++v) {
@@ -441,49 +453,34 @@ struct Neighbours {
  private:
   static constexpr uint32_t kOfBatch = (1u << kBatch) - 1;
 
+  __device__ __forceinline__ auto bias_at(int j, int half) const {
+    return rows.bias_at((base + j) % Rows::R, half);
+  }
+
   template <class Fetch>
   __device__ __forceinline__ void store_one_by_one(Fetch&& fetch, int half, uint32_t stored) const {
 #pragma unroll 1
     for (int j = 0; j < kRows; ++j) {
       if ((stored >> j & 1) == 0) continue;
-      rows.store_row(rows.find(base + j), half, rows.as_stored(fetch(j, true), base + j, half));
+      rows.store_row(rows.find(base + j), half, rows.as_stored(fetch(j, true), bias_at(j, half)));
     }
-  }
-  template <int kCount>
-  static __device__ __forceinline__ void add(const Stored* row, Partial<kRaggedVector>& partial) {
-    Vector<typename Rows::State, kRaggedVector> kv[kCount], score[kCount];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) kv[i] = row[i].kv, score[i] = row[i].score;
-    partial.add(kv, score);
   }
 };
 
-// A row of a state of prefixes as what its rows add to a value, and the other way round.
-template <class State>
-__device__ __forceinline__ Partial<kRaggedVector> partial_of(const RowVector<State>& prefix) {
-  Partial<kRaggedVector> partial;
-#pragma unroll
-  for (int v = 0; v < kRaggedVector; ++v) {
-    partial.max.x[v] = to_f32(prefix.score.x[v]);
-    partial.sum.x[v] = partial.max.x[v] == kNegInf ? 0.0f : 1.0f;
-    partial.weighted.x[v] = to_f32(prefix.kv.x[v]);
-  }
-  return partial;
-}
 __device__ __forceinline__ Prefix prefix_of(const Partial<kRaggedVector>& partial, int v) {
   const float sum = partial.sum.x[v];
   if (sum == 0) return {};
   return {partial.max.x[v] + logf(sum), fast_quotient(partial.weighted.x[v], sum)};
 }
-
-// The value of a channel, of two sets of rows.
-__device__ __forceinline__ float value_of(const Partial<kRaggedVector>& a,
-                                          const Partial<kRaggedVector>& b, int v) {
-  const float subtracted = finite(fmaxf(a.max.x[v], b.max.x[v]));
-  const float of_a = fast_exp(a.max.x[v] - subtracted), of_b = fast_exp(b.max.x[v] - subtracted);
-  const float sum = of_a * a.sum.x[v] + of_b * b.sum.x[v];
-  const float weighted = of_a * a.weighted.x[v] + of_b * b.weighted.x[v];
-  return sum == 0 ? 0.0f : fast_quotient(weighted, sum);
+__device__ __forceinline__ Vector<float, kRaggedVector> value_of(
+    const Partial<kRaggedVector>& partial) {
+  Vector<float, kRaggedVector> value;
+#pragma unroll
+  for (int v = 0; v < kRaggedVector; ++v) {
+    const float sum = partial.sum.x[v];
+    value.x[v] = sum == 0 ? 0.0f : fast_quotient(partial.weighted.x[v], sum);
+  }
+  return value;
 }
 
 // Where values go that no record is made of: `kv_comp`, of either type.
@@ -568,8 +565,9 @@ struct LongWindow {
         const uint32_t stored = may_store ? own.stored() : 0;
 #pragma unroll
         for (int j = 0; j < T::kRows; j += 4) {
-          rows.template add_whole<4>(loaded + j, row_group * T::kRows + j, 0, stored >> j & 15,
-                                     own.first + j, partial);
+          rows.template add_whole<4>(
+              loaded + j, [&](int i) { return rows.bias_at(row_group * T::kRows + j + i, 0); }, 0,
+              stored >> j & 15, own.first + j, partial);
         }
         return;
       }
@@ -585,10 +583,11 @@ struct LongWindow {
       stored = own.stored();
     }
     if (has_old) {
-      if constexpr (kFormat == StateFormat::kRaw) {
+      if (kFormat == StateFormat::kRaw) {
         own.add_old(0, partial);
-      } else if (row_group == 0) {  // one row has all of them
-        partial = partial_of(rows.load_row(rows.find(rows.start - 1), 0));
+      } else if (row_group == 0) {  // one row stands for all of them
+        const auto row = rows.load_row(rows.find(rows.start - 1), 0);
+        Own::template add<1>(&row, partial);
       }
     }
     [[maybe_unused]] Prefix open[kVector];  // before the thread's rows
@@ -647,8 +646,8 @@ __global__ void __launch_bounds__(LongTile<Config>::kThreads, LongTile<Config>::
   using T = typename Window::T;
   constexpr int R = Config::kRatio, D = Config::kHeadDim;
   __shared__ typename Window::SharedPlan smem;
-  const int32_t slot = blockIdx.x / T::kSlices,
-                slice_column = blockIdx.x % T::kSlices * T::kColumns;
+  const int32_t slot = blockIdx.x / T::kSlices;
+  const int slice_column = blockIdx.x % T::kSlices * T::kColumns;
   const uint32_t group = blockIdx.z;
   const Owner owner = find_owner<Config>(p, group, slot);
   const int lane_column = threadIdx.x % T::kLanes * kRaggedVector;
@@ -780,9 +779,9 @@ struct ShortWindows {
                            1)) {
         wait_for_copies<T::kStages - 1>();
         if (has_own) {
-          Partial<kVector> partial;
+          Partial<kVector> partial = before;
           add_whole(fetch(kOwn), kOwn, stored, own.first, partial);
-          emit(window, value_of(before, partial));
+          emit(window, jax_dsv4::value_of(partial));
         }
         if (has_next || (Config::kOverlap && stored != 0)) {
           before = {};
@@ -793,19 +792,18 @@ struct ShortWindows {
         wait_for_copies<T::kStages - 1>();
 #pragma unroll 1
         for (int half = kOwn; half >= 0; --half) {
-          const bool is_for_value = half == kOwn && has_own, is_for_next = half == 0 && has_next;
+          const bool is_for_value = half == kOwn && has_own;
+          const bool is_for_next = Config::kOverlap && half == 0 && has_next;
           if (!is_for_value && !is_for_next && stored == 0) continue;
           Partial<kVector> partial;
+          if (Config::kOverlap && is_for_value) partial = before;
           [[maybe_unused]] Prefix open[kVector];
           if (own.first_new > 0) {
-            if constexpr (kFormat == StateFormat::kRaw) {
-              own.add_old(half, partial);
-            } else {  // one row has all of them
-              const auto row = rows.load_row(own.place_of(own.first_new - 1), half);
-              partial = partial_of(row);
+            [[maybe_unused]] const auto row = own.add_old(half, partial);
+            if constexpr (kFormat == StateFormat::kPrefix) {
 #pragma unroll
               for (int v = 0; v < kVector; ++v) {
-                open[v] = {jax_dsv4::to_f32(row.score.x[v]), jax_dsv4::to_f32(row.kv.x[v])};
+                open[v] = {to_f32(row.score.x[v]), to_f32(row.kv.x[v])};
               }
             }
           }
@@ -813,7 +811,7 @@ struct ShortWindows {
           if constexpr (kFormat == StateFormat::kPrefix) {
             if (stored != 0) own.store_prefixes(fetch(half), half, counted, stored, open);
           }
-          if (is_for_value) emit(window, value_of(before, partial));
+          if (is_for_value) emit(window, jax_dsv4::value_of(partial));
           if (is_for_next) before = partial;
         }
       }
@@ -829,14 +827,8 @@ struct ShortWindows {
     RowVector<typename Config::KvScore> row[R];
 #pragma unroll
     for (int j = 0; j < R; ++j) row[j] = fetch(j, true);
-    rows.template add_whole<R>(row, 0, half, stored, place, partial);
-  }
-  __device__ __forceinline__ static Vector<float, kVector> value_of(const Partial<kVector>& before,
-                                                                    const Partial<kVector>& own) {
-    Vector<float, kVector> value;
-#pragma unroll
-    for (int v = 0; v < kVector; ++v) value.x[v] = jax_dsv4::value_of(before, own, v);
-    return value;
+    rows.template add_whole<R>(
+        row, [&](int j) { return rows.bias_at(j, half); }, half, stored, place, partial);
   }
 };
 
@@ -851,12 +843,11 @@ __global__ void __launch_bounds__(ShortTile<Config>::kThreads, ShortTile<Config>
   __shared__ typename Windows::SharedPlan smem;
   const uint32_t group = blockIdx.z;
   const uint32_t walker = blockIdx.x * T::kWalkers + threadIdx.x / T::kLanes;
-  if (walker >= p.num_walkers()) return;
   const int column = threadIdx.x % T::kLanes * kRaggedVector;
   const int32_t end_slot =
       min(p.num_windows, static_cast<int32_t>(walker + 1) * p.slots_per_walker);
 #pragma unroll 1
-  for (int32_t slot = walker * p.slots_per_walker; slot < end_slot;) {
+  for (int32_t slot = walker * p.slots_per_walker; slot < end_slot;) {  // none of some walkers
     const Owner owner = find_owner<Config>(p, group, slot);
     const typename Windows::Rows rows(p, group, owner, column);
     const int32_t own_slot = first_slot<Config>(owner.index, owner.begin);

@@ -20,10 +20,13 @@ const char* launch_ragged_format(cudaStream_t stream, const RaggedParams& p,
   constexpr int64_t kMaxGridX = 2147483647, kMaxGridZ = 65535;
   constexpr const char* kTooMany =
       "kv_score, cu_q_lens: too many rows, requests or groups for one launch";
+  constexpr int64_t kMostSlots = 1024;
+  constexpr const char* kWrongGeometry =
+      "geometry: expected -1, or 0 for long windows, or 1 to 1024 slots of a walker for short ones";
   if (p.num_groups > kMaxGridZ) return kTooMany;
   if constexpr (Config::kReducedRows > 32) {
     using T = LongTile<Config>;
-    if (geometry > 0) return "geometry: expected -1 or 0";
+    if (geometry > 0) return kWrongGeometry;
     const int64_t ctas = int64_t{p.num_windows} * T::kSlices;
     if (ctas > kMaxGridX) return kTooMany;
     if (ctas == 0) return nullptr;
@@ -39,9 +42,7 @@ const char* launch_ragged_format(cudaStream_t stream, const RaggedParams& p,
       per_walker = std::clamp<int64_t>((threads + kRaggedWalkerThreads - 1) / kRaggedWalkerThreads,
                                        1, kMostSlotsPerWalker);
     }
-    if (per_walker < 1 || per_walker > 1024) {
-      return "geometry: expected -1, or the slots of a walker, 1 to 1024";
-    }
+    if (per_walker < 1 || per_walker > kMostSlots) return kWrongGeometry;
     const RaggedShortParams params(p, target, static_cast<int32_t>(per_walker));
     const int64_t ctas = (int64_t{params.num_walkers()} + T::kWalkers - 1) / T::kWalkers;
     if (ctas > kMaxGridX) return kTooMany;
@@ -63,8 +64,8 @@ const char* launch_ragged(cudaStream_t stream, const RaggedParams& p, StateForma
   return launch_ragged_format<Config, StateFormat::kRaw>(stream, p, target, geometry);
 }
 
-// Launches a batch; in the geometry of this index (for short windows, so many slots per walker), or
-// of our choice where it is negative. Returns what is wrong with the call, or null: launch errors
+// Launches a batch; `geometry`: so many workers for long windows, slots of a walker for short ones,
+// or our choice where it is negative. Returns what is wrong with the call, or null: launch errors
 // proper are left to cudaGetLastError.
 inline const char* launch_ragged(cudaStream_t stream, const RaggedParams& p,
                                  const Selection& selection, StateFormat format, int64_t geometry) {

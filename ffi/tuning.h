@@ -96,6 +96,6 @@ struct RecordGeometriesOf<Kind<kHeadDim, 128, false>> {
 // walks.
 inline constexpr int kStageBytes = 48 * 1024;
 inline constexpr int64_t kRaggedWalkerThreads = 132 * 512;
-inline constexpr int64_t kMostSlotsPerWalker = 16;
+inline constexpr int64_t kMostSlotsPerWalker = 32;
 
 }  // namespace jax_dsv4

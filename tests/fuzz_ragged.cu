@@ -416,19 +416,6 @@ bool visit_kernels(const Selection& selection, Visit&& visit) {
   });
 }
 
-// How many geometries there are, of long windows; 0: windows are short.
-int64_t num_geometries(const Selection& selection) {
-  int64_t count = 0;
-  visit_kernels(selection, [&](auto config) {
-    using Config = decltype(config);
-    if (Config::kReducedRows > 32) {
-      count = RaggedGeometriesOf<sizeof(typename Config::KvScore)>::List::kSize;
-    }
-    return true;
-  });
-  return count;
-}
-
 // --------------------------------------------------------------------------- filling operands
 
 // The row of a position in the state's arrays, in any group's layer; or -1.
@@ -574,12 +561,10 @@ void draw_case(std::deque<Case>& cases, Draw& draw) {
     c.regime = regime;
     c.batch = batch;
     draw_shape(c, draw);
-    const int64_t geometries = num_geometries(c.selection);
     if (draw.chance(0.6)) {
-      c.geometry = geometries > 0 ? draw.between(0, geometries - 1) : draw.between(1, 9);
+      c.geometry = c.selection.compress_ratio == 128 ? 0 : draw.between(1, 9);
     } else if (draw.chance(0.03)) {  // there is none
-      c.geometry = geometries > 0 ? draw.one_of<int64_t>({geometries, INT32_MAX})
-                                  : draw.one_of<int64_t>({0, 1025, INT64_MAX});
+      c.geometry = draw.one_of<int64_t>({c.selection.compress_ratio == 128, 1025, INT64_MAX});
     }
     draw_rows(c, most, draw);
     draw_lens(c, draw);
@@ -956,9 +941,8 @@ std::string run(uint64_t seed) {
   });
   const cudaError_t status = cudaGetLastError();
   if (status != cudaSuccess) stop(text_of(title, "\n  launch: ", cudaGetErrorString(status)));
-  const int64_t geometries = num_geometries(c.selection);
-  const bool is_refused = c.geometry >= 0 && (geometries > 0 ? c.geometry >= geometries
-                                                             : c.geometry < 1 || c.geometry > 1024);
+  const bool is_long = c.selection.compress_ratio == 128;
+  const bool is_refused = is_long ? c.geometry > 0 : c.geometry == 0 || c.geometry > 1024;
   if (is_refused != (problem != nullptr)) {
     return text_of(title, "\n  launch: ", problem == nullptr ? "accepted" : problem);
   }
@@ -972,10 +956,9 @@ std::string run(uint64_t seed) {
   const std::string regime = kRegimeNames[static_cast<int>(c.regime)];
   const std::string geometry = c.geometry < 0 ? "ours" : std::to_string(c.geometry);
   counts["regime: " + regime].add(expected);
-  counts["kernel: " + name_of(c.selection) + ", " + kStateFormatNames[static_cast<int>(c.format)] +
-         (geometries > 0 ? ", geometry " + std::to_string(std::max<int64_t>(c.geometry, 0)) : "")]
+  counts["kernel: " + name_of(c.selection) + ", " + kStateFormatNames[static_cast<int>(c.format)]]
       .add(expected);
-  if (geometries == 0) counts["slots per walker: " + geometry].add(expected);
+  counts["geometry: " + geometry].add(expected);
   counts[c.all                 ? "store_rows: all"
          : c.resume_every == 0 ? "store_rows: live"
                                : "store_rows: live, resumes"]

@@ -675,7 +675,7 @@ std::string name_of(RawRecords<Config, Geometry, kAnyPage>) {
 std::string kernel_of(const DecodeRecordsCall& call, int64_t geometry) {
   std::string name;
   visit_any(Kinds{}, [&](auto kind) {
-    return call.selection.is_of(kind) && visit_any(RecordDTypes{}, [&](auto types) {
+    return call.selection.is_of(kind) && visit_any(InnerDTypesList{}, [&](auto types) {
              using Types = decltype(types);
              if (!is_of<Types>(call.selection)) return false;
              return visit_body<Config<decltype(kind), Types>>(call, geometry, [&](auto body) {
@@ -737,7 +737,7 @@ void run_request(const DecodeRecordsCall& call, uint32_t group, uint32_t request
 
 void run_on_cpu(const DecodeRecordsCall& call, uint32_t group, uint32_t request, Written& written) {
   visit_any(Kinds{}, [&](auto kind) {
-    return call.selection.is_of(kind) && visit_any(RecordDTypes{}, [&](auto types) {
+    return call.selection.is_of(kind) && visit_any(InnerDTypesList{}, [&](auto types) {
              using Types = decltype(types);
              using C = Config<decltype(kind), Types>;
              if (!is_of<Types>(call.selection)) return false;

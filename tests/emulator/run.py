@@ -34,7 +34,7 @@ SUBSTITUTIONS = [
     ("decode_raw.cuh", *SHARED, 1),
     ("decode_prefix.cuh", *SHARED, 1),
     ("decode_records.cuh", *SHARED, 2),
-    ("ragged.cuh", *SHARED, 1),
+    ("ragged.cuh", *SHARED, 2),
     ("ragged_launch.cuh", r"(\w+<[^;{}]*?>)\s*<<<(\w+), ([\w:]+), 0, stream>>>\(", LAUNCH, 2),
     ("decode_records.cuh", r'asm volatile\("" : "\+r"\(flags\), "\+f"\(eps\)\);', "", 1),
     ("record_stage.cuh", r'asm\("rsqrt.*"\(x\)\);', "y = 1 / sqrtf(x);", 1),
