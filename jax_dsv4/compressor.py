@@ -391,7 +391,7 @@ def _check_part(
     given: _Given,
     options_of: Callable[..., DecodeOptions],
     dims: tuple[str, ...],
-    batch: int | None,  # None: as many as kv_score has rows of rows
+    batch: int | None,  # None: of kv_score's first dimension
     has_layers: bool,
     implementation: str | _op.Kernel | None,
 ) -> tuple[_Part, tuple[Array, ...]]:
@@ -425,7 +425,7 @@ def _check_part(
     check_compiled_records(kind, implementation)
     if c.hadamard:
         check_hadamard(kind)
-    batch = rows.shape[0] if batch is None else batch
+    size = rows.shape[0] if batch is None else batch
     part = _Part(
         options_of(c.compress_ratio, c.overlap, state.format, "float32"),
         StoreOptions(
@@ -439,8 +439,8 @@ def _check_part(
         _check.optional("ape", c.ape, ("float32",), c.compress_ratio, c.state_dim),
         kv,
         score,
-        *check_tables(tables.state, batch),
-        _check.array("tables.records", tables.records, _check.I32, batch, "max_pages"),
+        *check_tables(tables.state, size),
+        _check.array("tables.records", tables.records, _check.I32, size, "max_pages"),
         *check_norm_and_rotation(c.norm_weight, c.cos_sin_cache, c.head_dim),
         pool,
     )

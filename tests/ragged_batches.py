@@ -301,9 +301,7 @@ def run(batch: Batch, *options) -> Results:
     return Results(*map(np.asarray, jitted(*options)(*arrays)))
 
 
-def expected(
-    batch: Batch, kind: Kind, state_format: str, store_rows: str | LiveRows
-) -> Results:
+def expected(batch: Batch, kind: Kind, state_format: str, store_rows: str | LiveRows) -> Results:
     """In float64; a raw state rounded to its dtype."""
     rule = store_rows
     if isinstance(rule, LiveRows):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,19 +21,19 @@ def decode_records(*operands: Array, compressors: Sequence[Any]) -> tuple[Array,
     """
     *own, kv_lens, q_lens, layer = operands
     results = []
-    for c, (rows, *state), to_records in _parts_of(own, compressors):
+    for c, to_values, to_records in _parts_of(own, compressors):
         values, *state = paged_kv_compress(
-            *(*rows, *state, kv_lens, q_lens, layer), **_without_layer(c.values)
+            *to_values, kv_lens, q_lens, layer, **_without_layer(c.values)
         )
         windows = completed_windows(
             kv_lens,
             compress_ratio=c.values.compress_ratio,
-            next_n=rows[0].shape[1],
+            next_n=to_values[0].shape[1],
             q_lens=q_lens if q_lens.size else None,
         )
         requests = jnp.arange(kv_lens.shape[0], dtype=jnp.int32)[:, None]
         requests = jnp.broadcast_to(requests, windows.window.shape)
-        results += [*state, _store(values, requests, windows.window, *to_records, layer, c)]
+        results += [*state, _store(values, requests, windows.window, to_records, layer, c)]
     return tuple(results)
 
 
@@ -42,43 +42,41 @@ def ragged_records(*operands: Array, compressors: Sequence[Any]) -> tuple[Array,
     *own, kv_lens, cu_q_lens, num_seqs, layer = operands
     batch = kv_lens, cu_q_lens, num_seqs
     results = []
-    for c, (rows, *state), to_records in _parts_of(own, compressors):
-        values, *state = ragged_kv_compress(
-            *(*rows, *state, *batch, layer), **_without_layer(c.values)
-        )
+    for c, to_values, to_records in _parts_of(own, compressors):
+        values, *state = ragged_kv_compress(*to_values, *batch, layer, **_without_layer(c.values))
         windows = ragged_windows(
             cu_q_lens,
             kv_lens,
-            num_rows=rows[0].shape[0],
+            num_rows=to_values[0].shape[0],
             compress_ratio=c.values.compress_ratio,
             num_seqs=num_seqs[0] if num_seqs.size else None,
         )
-        results += [*state, _store(values, *windows, *to_records, layer, c)]
+        results += [*state, _store(values, *windows, to_records, layer, c)]
     return tuple(results)
 
 
-def _parts_of(operands: Sequence[Array], compressors: Sequence[Any]):
-    """Of each compressor: itself; its rows, ape, state and tables; and what its records take."""
+def _parts_of(
+    operands: Sequence[Array], compressors: Sequence[Any]
+) -> Iterator[tuple[Any, Sequence[Array], Sequence[Array]]]:
+    """Of each compressor: itself, and its operands of both operations."""
     size = len(operands) // len(compressors)
     for i, c in enumerate(compressors):
         kv_score, new_score, ape, kv, *others = operands[i * size : (i + 1) * size]
         if not new_score.size:
             kv_score = kv_score[..., c.column : c.column + 2 * kv.shape[-1]]
-        yield c, ((kv_score, new_score), ape, kv, *others[:-4]), others[-4:]
+        yield c, (kv_score, new_score, ape, kv, *others[:-4]), others[-4:]
 
 
 def _store(
     values: Array,
     requests: Array,
     windows: Array,
-    tables: Array,
-    norm_weight: Array,
-    cos_sin_cache: Array,
-    pool: Array,
+    operands: Sequence[Array],
     layer: Array,
     c: Any,
 ) -> Array:
     """The pool with the records of ``values`` [*windows, D] of ``windows`` of ``requests``."""
+    tables, norm_weight, cos_sin_cache, pool = operands
     requests, windows = requests.reshape(-1), windows.reshape(-1)
     slots = _find_slots(tables, requests, windows, pool.shape[-2], c.store.page_size)
     (pool,) = store_records(

@@ -8,10 +8,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jax_dsv4.reference.decode import merge, softmax_mean
 from jax_dsv4.reference.paging import Pool, pool_of
+
+_Rows = tuple[Array, Array]  # kv and score, or mean and logsumexp
+_Place = tuple[Array, Array]  # page and slot
+_NONE = (0, -jnp.inf)  # the rows that weigh nothing
 
 
 class Requests(NamedTuple):
@@ -120,15 +124,16 @@ def ragged_kv_compress(
     Shapes as in ``jax_dsv4.ragged_kv_compress``, and empty arrays for what is not given. Old rows
     are read from the state as it came: a new row may take the place of one of them.
     """
-    ratio, states = compress_ratio, (kv, score)
+    ratio, given = compress_ratio, (kv, score)
     num_rows, batch = kv_score.shape[0], kv_lens.shape[0]
     state_dim = kv.shape[-1]
     head_dim = state_dim // 2 if overlap else state_dim
     if 0 in (num_rows, batch):
         num_windows = num_rows // ratio + batch
-        return jnp.zeros((num_windows, head_dim), out_dtype), *states
+        return jnp.zeros((num_windows, head_dim), out_dtype), *given
     num_layers = kv.shape[0]
-    if 0 in (kv.size, kv_tables.shape[1]):  # every page is nowhere, and jnp gathers none
+    nothing_there = 0 in (kv.size, kv_tables.shape[1])
+    if nothing_there:  # every page is nowhere, and jnp gathers none
         kv = score = jnp.zeros((1, 1, state_dim), kv.dtype)
         pool = Pool(0, 0, 1, 1)
         kv_tables = score_tables = jnp.full((batch, 1), -1, jnp.int32)
@@ -142,20 +147,15 @@ def ragged_kv_compress(
         requests = requests._replace(length=jnp.where(exists, requests.length, 0))
     start = requests.start
 
-    def find(request: Array, positions: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-        """Where the rows at ``positions`` are, of kv and of score."""
-        return (
-            pool.find_rows_of(kv_tables, request, positions),
-            pool.find_rows_of(score_tables, request, positions),
-        )
-
-    def exist(places: tuple[tuple[Array, Array], tuple[Array, Array]]) -> Array:
-        (kv_page, _), (score_page, _) = places
-        return (kv_page < pool.nowhere) & (score_page < pool.nowhere)
+    def find(request: Array, positions: Array) -> tuple[_Place, _Place, Array]:
+        """Where the rows at ``positions`` are, of kv and of score; and whether both are there."""
+        kv_at = pool.find_rows_of(kv_tables, request, positions)
+        score_at = pool.find_rows_of(score_tables, request, positions)
+        return kv_at, score_at, (kv_at[0] < pool.nowhere) & (score_at[0] < pool.nowhere)
 
     # The new rows, their positions, and their places in the state; -1 and nowhere for padding.
-    owner = requests.owners(num_rows)
     row = jnp.arange(num_rows, dtype=jnp.int32)
+    owner = requests.owners(num_rows)
     of_one = (owner < batch) & (row >= requests.begin[0])
     owner = jnp.minimum(owner, batch - 1)
     length = requests.length[owner]
@@ -164,103 +164,91 @@ def ragged_kv_compress(
     new_kv, new_score = (x.astype(jnp.float32) for x in parts)
     if ape.size:
         new_score += ape[positions % ratio]
-    places = find(owner, positions)
-    counts = exist(places) if max_rewind < 0 else jnp.ones(num_rows, bool)
-    rule = {"max_rewind": max_rewind, "resume_every": resume_every}
-    kind = {"ratio": ratio, "overlap": overlap, "state_format": state_format}
-    stored = is_stored(positions, length, **kind, **rule)
+    kv_at, score_at, exists = find(owner, positions)
+    new = (new_kv, new_score)
+    if max_rewind < 0:  # a row that is nowhere is left out
+        new = _where(exists, new)
+    stored = is_stored(
+        positions,
+        length,
+        ratio=ratio,
+        overlap=overlap,
+        state_format=state_format,
+        max_rewind=max_rewind,
+        resume_every=resume_every,
+    )
 
-    def read(request: Array, positions: Array, columns: slice) -> tuple[Array, Array]:
-        """Old rows in f32, 0 and -inf where nowhere. [*positions, columns]"""
-        places = find(request, positions)
-        there = exist(places)[..., None]
-        rows = (x[(*at, columns)] for x, at in zip((kv, score), places, strict=True))
-        rows = (x.astype(jnp.float32) for x in rows)
-        return tuple(jnp.where(there, x, none) for x, none in zip(rows, (0, -jnp.inf), strict=True))
+    def write(new_kv: Array, new_score: Array) -> _Rows:
+        (kv_page, kv_slot), (score_page, score_slot) = kv_at, score_at
+        kv_page = jnp.where(stored, kv_page, pool.nowhere)
+        score_page = jnp.where(stored, score_page, pool.nowhere)
+        return (
+            kv.at[kv_page, kv_slot].set(new_kv.astype(kv.dtype), mode="drop"),
+            score.at[score_page, score_slot].set(new_score.astype(kv.dtype), mode="drop"),
+        )
 
-    def write(new_kv: Array, new_score: Array) -> tuple[Array, Array]:
-        written = []
-        for x, (page, slot), new, state in zip(
-            (kv, score), places, (new_kv, new_score), states, strict=True
-        ):
-            if not state.size or not kv_tables.shape[1]:
-                written.append(state)
-                continue
-            page = jnp.where(stored, page, pool.nowhere)
-            pages = x.at[page, slot].set(new.astype(x.dtype), mode="drop")
-            written.append(pages.reshape(state.shape))
-        return written[0], written[1]
+    def read(request: Array, positions: Array, columns: slice = slice(None)) -> _Rows:
+        """Rows of the state in f32, 0 and -inf where nowhere. [*positions, columns]"""
+        kv_at, score_at, exists = find(request, positions)
+        rows = kv[(*kv_at, columns)], score[(*score_at, columns)]
+        return _where(exists, (rows[0].astype(jnp.float32), rows[1].astype(jnp.float32)))
 
     # The windows that this call completes.
     request, window = requests.windows(num_rows, ratio)
     completed = window >= 0
     request = jnp.maximum(request, 0)
-    first_new, first_row = start[request], requests.end[request] - requests.length[request]
-
     # What a window contributes to the next one's value, and to its own.
     to_next, to_own = slice(head_dim), slice(-head_dim, None)
 
-    def new_or_old(new: tuple[Array, Array], positions: Array, columns: slice):
-        """The rows at ``positions`` of each window's request; 0 and -inf below 0."""
-        shape = (positions.shape[0], *[1] * (positions.ndim - 1))
-        is_new = positions >= first_new.reshape(shape)
-        at = jnp.where(is_new, first_row.reshape(shape) + positions, 0)
-        old = read(
-            jnp.broadcast_to(request.reshape(shape), positions.shape),
-            jnp.where(is_new, -1, positions),
-            columns,
-        )
-        return tuple(
-            jnp.where(is_new[..., None], x[:, columns][at], y)
-            for x, y in zip(new, old, strict=True)
-        )
+    def rows_at(positions: Array, new: _Rows, columns: slice) -> _Rows:
+        """Those at ``positions`` [windows, any] of the windows' requests, new ones from ``new``."""
+        of = jnp.broadcast_to(request[:, None], positions.shape)
+        is_new = positions >= start[of]
+        at = jnp.where(is_new, requests.end[of] - (requests.length[of] - positions), 0)
+        old = read(of, jnp.where(is_new, -1, positions), columns)
+        return _where(is_new, (new[0][:, columns][at], new[1][:, columns][at]), old)
+
+    def from_window(window: Array, offsets: Array) -> Array:
+        """The positions so far into windows; -1 for those that there are not."""
+        needed = (completed & (window >= 0))[:, None]
+        return jnp.where(needed, window[:, None] * ratio + offsets[None], -1)
 
     if state_format == "raw":
-        kv_after, score_after = write(new_kv, new_score)
-        new = _as_stored(new_kv, kv.dtype), _as_stored(new_score, kv.dtype)
-        new = new[0], jnp.where(counts[:, None], new[1], -jnp.inf)
-        new = jnp.where(counts[:, None], new[0], 0), new[1]
-
-        def rows_of(window: Array, columns: slice) -> tuple[Array, Array]:
-            positions = window[:, None] * ratio + jnp.arange(ratio, dtype=jnp.int32)[None]
-            needed = (completed & (window >= 0))[:, None]
-            return new_or_old(new, jnp.where(needed, positions, -1), columns)
-
-        rows = rows_of(window, to_own)
+        states = write(new_kv, new_score)
+        new = _as_stored(new[0], kv.dtype), _as_stored(new[1], kv.dtype)
+        offsets = jnp.arange(ratio, dtype=jnp.int32)
+        kv_rows, score_rows = rows_at(from_window(window, offsets), new, to_own)
         if overlap:
-            before = rows_of(window - 1, to_next)
-            rows = tuple(jnp.concatenate(both, axis=1) for both in zip(before, rows, strict=True))
-        value = softmax_mean(*rows)
+            before = rows_at(from_window(window - 1, offsets), new, to_next)
+            kv_rows = jnp.concatenate((before[0], kv_rows), axis=1)
+            score_rows = jnp.concatenate((before[1], score_rows), axis=1)
+        value = softmax_mean(kv_rows, score_rows)
     else:
-        # The prefix after each new row; that before the request's first is merged last.
-        offset = positions % ratio
-        first_offset = jnp.maximum(positions - start[owner], 0)
-        prefixes = _scan_windows(
-            jnp.where(counts[:, None] & (new_score > -jnp.inf), new_kv, 0),
-            jnp.where(counts[:, None], new_score, -jnp.inf),
-            jnp.minimum(offset, first_offset),
-            ratio,
-        )
-        batch_index = jnp.arange(batch, dtype=jnp.int32)
-        continues = start % ratio > 0
-        before = read(batch_index, jnp.where(continues, start - 1, -1), slice(None))
-        in_first = (first_offset < offset)[:, None]
-        mean, lse = (x[owner] for x in before)
-        mean, lse = merge(
-            (jnp.where(in_first, mean, 0), jnp.where(in_first, lse, -jnp.inf)), prefixes
-        )
-        kv_after, score_after = write(mean, lse)
-
-        def last_of(window: Array, columns: slice) -> tuple[Array, Array]:
-            position = jnp.where(completed & (window >= 0), (window + 1) * ratio - 1, -1)
-            return new_or_old((mean, lse), position, columns)
-
-        value, lse_of_value = last_of(window, to_own)
+        # The prefix after each new row, of new rows only; then that before the request's first.
+        into_window, into_request = positions % ratio, jnp.maximum(positions - start[owner], 0)
+        mean = jnp.where(new[1] > -jnp.inf, new[0], 0)
+        prefixes = _scan_windows((mean, new[1]), jnp.minimum(into_window, into_request), ratio)
+        continued = jnp.where(start % ratio > 0, start - 1, -1)
+        mean, lse = read(jnp.arange(batch, dtype=jnp.int32), continued)
+        before = _where(into_request < into_window, (mean[owner], lse[owner]))
+        prefixes = merge(before, prefixes)
+        states = write(*prefixes)
+        last = jnp.full(1, ratio - 1, jnp.int32)
+        mean, lse = rows_at(from_window(window, last), prefixes, to_own)
         if overlap:
-            value, lse_of_value = merge(last_of(window - 1, to_next), (value, lse_of_value))
-        value = jnp.where(lse_of_value == -jnp.inf, 0, value)
+            before = rows_at(from_window(window - 1, last), prefixes, to_next)
+            mean, lse = merge(before, (mean, lse))
+        value = jnp.where(lse == -jnp.inf, 0, mean)[:, 0]
     kv_comp = jnp.where(completed[:, None], value, 0).astype(out_dtype)
-    return kv_comp, kv_after, score_after
+    if nothing_there:
+        return kv_comp, *given
+    return kv_comp, states[0].reshape(given[0].shape), states[1].reshape(given[0].shape)
+
+
+def _where(condition: Array, rows: _Rows, others: tuple[ArrayLike, ArrayLike] = _NONE) -> _Rows:
+    """``rows`` where the condition holds, which has no channels; elsewhere the others."""
+    condition = condition[..., None]
+    return jnp.where(condition, rows[0], others[0]), jnp.where(condition, rows[1], others[1])
 
 
 def _as_stored(x: Array, dtype: DTypeLike) -> Array:
@@ -269,21 +257,15 @@ def _as_stored(x: Array, dtype: DTypeLike) -> Array:
     return jax.lax.reduce_precision(x, exponent_bits=bits.nexp, mantissa_bits=bits.nmant)
 
 
-def _scan_windows(mean: Array, lse: Array, before: Array, ratio: int) -> tuple[Array, Array]:
+def _scan_windows(rows: _Rows, before: Array, ratio: int) -> _Rows:
     """The prefixes after each row [T, S], of itself and so many rows ``before`` it, below R.
 
     In log2 R rounds: after each, a row holds twice as many.
     """
-    distance = 1
+    distance, zero = 1, jnp.zeros((), jnp.float32)
     while distance < ratio:
-        zero = jnp.zeros((), mean.dtype)
-        earlier = tuple(
-            jax.lax.pad(x, zero, ((distance, -distance, 0), (0, 0, 0))) for x in (mean, lse)
-        )
-        has_earlier = (before >= distance)[:, None]
-        merged = merge(earlier, (mean, lse))
-        mean, lse = (
-            jnp.where(has_earlier, x, own) for x, own in zip(merged, (mean, lse), strict=True)
-        )
+        by = ((distance, -distance, 0), (0, 0, 0))
+        earlier = jax.lax.pad(rows[0], zero, by), jax.lax.pad(rows[1], zero, by)
+        rows = _where(before >= distance, merge(earlier, rows), rows)
         distance *= 2
-    return mean, lse
+    return rows
