@@ -29,25 +29,25 @@ struct DecodeAttributes {
 };
 inline constexpr int64_t kNoLayer = -1, kAutoGeometry = -1;
 
-// What one compressor's step works on. *G: any number of leading group dimensions; a read-only
-// operand has either the state's, or all ones where the groups share it. `layers` is there if the
-// call names a layer, by its attribute or its operand.
+// What one compressor's step works on, whatever says which of the new rows are a request's. *G: any
+// number of leading group dimensions; a read-only operand has either the state's, or all ones where
+// the groups share it. *N: the new rows, [B, next_n], or [T] of a ragged batch. `layers` is there
+// if the call names a layer, by its attribute or its operand.
 struct StepOperands {
-  ffi::AnyBuffer kv_score;      // [*G, B, next_n, 2 S], or kv alone [*G, B, next_n, S]
-  ffi::AnyBuffer new_score;     // like kv alone, and its scores; else [*G, 0, 0, 0]
+  ffi::AnyBuffer kv_score;      // [*G, *N, 2 S], or kv alone [*G, *N, S]
+  ffi::AnyBuffer new_score;     // like kv alone, and its scores; else [*G, 0...]
   ffi::AnyBuffer ape;           // [*G, R, S] f32, or [*G, 0, S]: no bias
   ffi::AnyBuffer kv;            // [*G, (layers,) num_pages, page_size, S]  state
   ffi::AnyBuffer score;         // [*G, (layers,) num_pages, page_size, S]  state
   ffi::AnyBuffer kv_tables;     // [*G, B, max_pages] i32
   ffi::AnyBuffer score_tables;  // [*G, B, max_pages] i32
   ffi::AnyBuffer kv_lens;       // [*G, B] i32
-  ffi::AnyBuffer q_lens;        // [*G, B] i32, or [*G, 0]: next_n for every request
   ffi::AnyBuffer layer;         // [*G, 1] i32, or [*G, 0]: none, or the attribute
   // Results.
   ffi::AnyBuffer kv_out;     // aliases kv
   ffi::AnyBuffer score_out;  // aliases score
   // Attributes.
-  int64_t next_n;
+  std::optional<int64_t> next_n;  // none: a ragged batch
   int64_t layer_index;
   StateFormat state_format;
   // Where `kv_score` may be wider, for it holds columns of others, too: the first of ours.
@@ -67,13 +67,14 @@ inline void check_step_operands(OperandChecker& check, const StepOperands& o) {
   check.require_rank("layer", o.layer, 1, "0 or 1");
   check.require_rank("kv_tables", o.kv_tables, 2, "batch, max_pages");
   check.require_rank("ape", o.ape, 2, "compress_ratio, state_dim");
-  check.require_rank("q_lens", o.q_lens, 1, "batch");
-  check.require_rank("kv_score", o.kv_score, 3, "batch, next_n, 2 state_dim");
+  check.require_rank("kv_score", o.kv_score, o.next_n ? 3 : 2,
+                     o.next_n ? "batch, next_n, 2 state_dim" : "rows, 2 state_dim");
   if (!check.ok()) return;
   check.require_rank("state.kv", o.kv, o.rank(),
                      o.has_layers() ? "layers, num_pages, page_size, state_dim"
                                     : "num_pages, page_size, state_dim");
-  check.require(o.next_n >= 1 && o.next_n <= kInt32Max, "next_n: expected 1 to 2^31 - 1");
+  check.require(!o.next_n || (*o.next_n >= 1 && *o.next_n <= kInt32Max),
+                "next_n: expected 1 to 2^31 - 1");
   check.require(static_cast<size_t>(o.state_format) < std::size(kStateFormatNames),
                 "state_format: expected 0 (raw) or 1 (prefix)");
   check.require(!o.column || (*o.column >= 0 && *o.column <= kInt32Max),
@@ -116,7 +117,9 @@ inline DecodeParams check_step(OperandChecker& check, const StepOperands& o,
   const int64_t width = o.kv_score.dimensions().back();
   const bool is_pair = width == S;
   const int64_t column = o.column.value_or(0), end_column = column + (is_pair ? S : 2 * S);
-  const Dims rows{batch, o.next_n, o.column ? std::max(width, end_column) : end_column};
+  const int64_t num_rows = o.next_n ? *o.next_n : *(o.kv_score.dimensions().end() - 2);
+  Dims rows{num_rows, o.column ? std::max(width, end_column) : end_column};
+  if (o.next_n) rows.insert(rows.begin(), batch);
 
   DecodeParams p{};
   const auto new_type = data_type_of(selection.kv_score),
@@ -127,11 +130,11 @@ inline DecodeParams check_step(OperandChecker& check, const StepOperands& o,
   check.per_group("state.kv", o.kv, state_type, state_dims);
   check.per_group("state.score", o.score, state_type, state_dims);
   const bool per_group = check.maybe_shared("kv_score", o.kv_score, new_type, rows);
-  const bool score_per_group =
-      check.maybe_shared("kv_score[1]", o.new_score, new_type, is_pair ? rows : Dims{0, 0, 0});
+  const bool score_per_group = check.maybe_shared("kv_score[1]", o.new_score, new_type,
+                                                  is_pair ? rows : Dims(rows.size(), 0));
   check.require(!is_pair || per_group == score_per_group,
                 "kv_score[1]: expected the group dimensions of kv_score");
-  p.kv_score_stride = per_group ? static_cast<uint32_t>(batch) : 0;
+  p.kv_score_stride = !per_group ? 0 : o.next_n ? static_cast<uint32_t>(batch) : 1;
   p.ape_stride = check.maybe_shared("ape", o.ape, ffi::DataType::F32, {has_ape ? R : 0, S});
   p.kv_tables_stride = stride("kv_tables", o.kv_tables, {batch, max_pages});
   p.score_tables_stride = stride("score_tables", o.score_tables, {batch, max_pages});
@@ -150,7 +153,9 @@ inline DecodeParams check_step(OperandChecker& check, const StepOperands& o,
   check.require(product_of({std::max<int64_t>(groups, 1), std::max<int64_t>(num_layers, 1),
                             num_pages, page_size}) <= kMaxRows,
                 "state: more than 2^32 - 16 rows");
+  const int64_t num_windows = o.next_n ? (num_rows + R - 1) / R : num_rows / R + batch;
   check.require(rows.back() <= kInt32Max, "kv_score: columns must be below 2^31");
+  check.require(num_windows <= kInt32Max, "kv_comp: rows must be below 2^31");
   if (!check.ok()) return {};
 
   const int64_t first_byte =
@@ -171,8 +176,8 @@ inline DecodeParams check_step(OperandChecker& check, const StepOperands& o,
   p.score_tables = static_cast<const int32_t*>(o.score_tables.untyped_data());
   p.num_groups = static_cast<uint32_t>(groups);
   p.batch = static_cast<uint32_t>(batch);
-  p.next_n = static_cast<int32_t>(o.next_n);
-  p.num_windows = static_cast<int32_t>((o.next_n + R - 1) / R);
+  p.next_n = static_cast<int32_t>(num_rows);
+  p.num_windows = static_cast<int32_t>(num_windows);
   p.num_layers = static_cast<uint32_t>(num_layers);
   p.rows_per_layer = static_cast<uint32_t>(num_pages * page_size);
   p.rows_per_group = static_cast<uint32_t>(num_layers * num_pages * page_size);
@@ -184,18 +189,22 @@ inline DecodeParams check_step(OperandChecker& check, const StepOperands& o,
 
 // The operands that say how long requests are, and which layer is theirs.
 inline void check_requests(OperandChecker& check, const StepOperands& o, DecodeParams& p) {
-  const int64_t batch = o.kv_lens.dimensions().back();
-  const bool has_q_lens = o.q_lens.dimensions().back() != 0;
-  const auto stride = [&](const char* name, ffi::AnyBuffer x, int64_t size, int64_t requests) {
-    const bool per_group = check.maybe_shared(name, x, ffi::DataType::S32, {size});
-    return per_group ? static_cast<uint32_t>(requests) : 0;
-  };
-  p.kv_lens_stride = stride("kv_lens", o.kv_lens, batch, batch);
-  p.q_lens_stride = stride("q_lens", o.q_lens, has_q_lens ? batch : 0, batch);
-  p.layer_stride = stride("layer", o.layer, o.has_layer_operand(), 1);
+  const bool lens_per_group =
+      check.maybe_shared("kv_lens", o.kv_lens, ffi::DataType::S32, {p.batch});
+  p.kv_lens_stride = lens_per_group ? p.batch : 0;
+  p.layer_stride =
+      check.maybe_shared("layer", o.layer, ffi::DataType::S32, {o.has_layer_operand()});
   p.kv_lens = static_cast<const int32_t*>(o.kv_lens.untyped_data());
-  p.q_lens = has_q_lens ? static_cast<const int32_t*>(o.q_lens.untyped_data()) : nullptr;
   p.layer = o.has_layer_operand() ? static_cast<const int32_t*>(o.layer.untyped_data()) : nullptr;
+}
+
+// How many of a request's rows are real: [*G, B] i32, or [*G, 0]: next_n for every request.
+inline void check_q_lens(OperandChecker& check, ffi::AnyBuffer q_lens, DecodeParams& p) {
+  const bool has_q_lens = q_lens.dimensions().back() != 0;
+  const bool per_group =
+      check.maybe_shared("q_lens", q_lens, ffi::DataType::S32, {has_q_lens ? p.batch : 0});
+  p.q_lens_stride = per_group ? p.batch : 0;
+  p.q_lens = has_q_lens ? static_cast<const int32_t*>(q_lens.untyped_data()) : nullptr;
 }
 
 // A checked call.
@@ -207,8 +216,8 @@ struct DecodeCall {
   DecodeParams params;
 };
 
-// Operands, in this order: those of StepOperands. Results: kv_comp [*G, B, ceil(next_n / R), D],
-// then those of StepOperands.
+// Operands, in this order: those of StepOperands, with q_lens before `layer`. Results: kv_comp
+// [*G, B, ceil(next_n / R), D], then those of StepOperands.
 inline ffi::ErrorOr<DecodeCall> check_decode(ffi::RemainingArgs operands,
                                              ffi::RemainingRets results,
                                              const DecodeAttributes& a) {
@@ -218,10 +227,11 @@ inline ffi::ErrorOr<DecodeCall> check_decode(ffi::RemainingArgs operands,
   if (!check.ok()) return failure();
   const auto arg = [&](size_t i) { return *operands.get<ffi::AnyBuffer>(i); };
   const auto ret = [&](size_t i) { return **results.get<ffi::AnyBuffer>(i); };
-  const ffi::AnyBuffer kv_comp = ret(0);
-  const StepOperands o{arg(0), arg(1), arg(2), arg(3), arg(4),   arg(5),  arg(6),        arg(7),
-                       arg(8), arg(9), ret(1), ret(2), a.next_n, a.layer, a.state_format};
+  const ffi::AnyBuffer kv_comp = ret(0), q_lens = arg(8);
+  const StepOperands o{arg(0), arg(1), arg(2), arg(3), arg(4),   arg(5),  arg(6),
+                       arg(7), arg(9), ret(1), ret(2), a.next_n, a.layer, a.state_format};
   check_step_operands(check, o);
+  check.require_rank("q_lens", q_lens, 1, "batch");
   check.require_rank("kv_comp", kv_comp, 2, "batch, num_windows, head_dim");
   if (!check.ok()) return failure();
 
@@ -239,6 +249,7 @@ inline ffi::ErrorOr<DecodeCall> check_decode(ffi::RemainingArgs operands,
   DecodeParams& p = call.params;
   p = check_step(check, o, call.selection);
   check_requests(check, o, p);
+  check_q_lens(check, q_lens, p);
   check.per_group("kv_comp", kv_comp, data_type_of(a.out_dtype), {p.batch, p.num_windows, D});
   if (!check.ok()) return failure();
   call.empty = p.num_groups * int64_t{p.batch} == 0;
