@@ -31,13 +31,15 @@ struct DecodeRecordsParams : DecodeParams {
   RecordTarget records;
 };
 
-// One compressor's part of a checked call.
-struct DecodeRecordsCall {
+// One compressor's part of a checked call that ends in records.
+template <class Params>
+struct RecordsCall {
   Selection selection;  // `out` is f32: a value is rounded as its record needs
   StateFormat state_format;
   RecordFormat format;
-  DecodeRecordsParams params;
+  Params params;
 };
+using DecodeRecordsCall = RecordsCall<DecodeRecordsParams>;
 
 // The place of window w of a request, whose row of tables this is; `position`: of its first token.
 JAX_DSV4_HD RecordPlace find_record(const RecordTarget& t, const RecordPages& pages,

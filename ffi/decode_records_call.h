@@ -1,10 +1,11 @@
 // A decode step that ends in records as a custom call, of one compressor or of several: operands,
 // results and attributes, and the one function that checks them. Shared by the CPU and CUDA
-// handlers.
+// handlers; and by other operations that end in records.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -53,15 +54,17 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
 namespace jax_dsv4 {
 
 // A checked call.
-struct DecodeRecordsCalls {
-  std::vector<DecodeRecordsCall> each;  // of the compressors, in their order
-  bool empty;                           // no request at all: nothing to do
+template <class Params>
+struct RecordsCalls {
+  std::vector<RecordsCall<Params>> each;  // of the compressors, in their order
+  bool empty;                             // no new row at all: nothing to do
   int64_t geometry;
 };
+using DecodeRecordsCalls = RecordsCalls<DecodeRecordsParams>;
 
 // One compressor's operands, in the order of the call.
 struct CompressorOperands {
-  StepOperands step;      // up to `score_tables`; the others are last in the call, for all
+  StepOperands step;      // up to `score_tables`; kv_lens and layer are last in the call, for all
   ffi::AnyBuffer tables;  // [*G, B, max_pages] i32, of the records
   RecordOperands made_with;
   PoolOperands pool;
@@ -101,20 +104,50 @@ inline RecordTarget check_record_target(OperandChecker& check, const CompressorO
   return t;
 }
 
+// What says which new rows are a request's, in a decode step: operands and attributes of the call
+// for all compressors. Others, of their own operations, have the same members.
+struct DecodeLens {
+  using Params = DecodeRecordsParams;
+  static constexpr const char* kOperation = "decode_records";
+  static constexpr size_t kOperands = 1, kAttributes = 1;
+
+  ffi::AnyBuffer q_lens;
+  std::optional<int64_t> next_n;
+
+  // From operand(i), i < kOperands, and attribute(name, initial).
+  template <class Operand, class Attribute>
+  static DecodeLens read(Operand&& operand, Attribute&& attribute) {
+    return {operand(0), attribute("next_n", int64_t{})};
+  }
+  // All that can be said before the groups are known, but for check_step_operands.
+  void check_operands(OperandChecker& check, const StepOperands&) const {
+    check.require_rank("q_lens", q_lens, 1, "batch");
+  }
+  void check_requests(OperandChecker& check, const StepOperands& o, const DecodeParams& step,
+                      Params& p) const {
+    static_cast<DecodeParams&>(p) = step;
+    jax_dsv4::check_requests(check, o, p);
+    check_q_lens(check, q_lens, p);
+  }
+};
+
 // Operands: of each compressor kv_score, kv_score[1], ape, state.kv, state.score, kv_tables,
-// score_tables, tables.records, norm_weight, cos_sin_cache, records.pool; then kv_lens, q_lens,
-// layer. Results: of each compressor state.kv, state.score, records.pool. The groups are those of
-// the first one's state.kv.
-inline ffi::ErrorOr<DecodeRecordsCalls> check_decode_records(ffi::RemainingArgs operands,
-                                                             ffi::RemainingRets results,
-                                                             ffi::Dictionary attributes) {
+// score_tables, tables.records, norm_weight, cos_sin_cache, records.pool; then kv_lens, those of
+// Lens, layer. Results: of each compressor state.kv, state.score, records.pool. The groups are
+// those of the first one's state.kv.
+template <class Lens>
+ffi::ErrorOr<RecordsCalls<typename Lens::Params>> check_records(ffi::RemainingArgs operands,
+                                                                ffi::RemainingRets results,
+                                                                ffi::Dictionary attributes) {
   using O = CompressorOperands;
-  OperandChecker check("decode_records");
+  constexpr size_t kLast = Lens::kOperands + 2;      // operands for all compressors
+  constexpr size_t kForAll = Lens::kAttributes + 2;  // attributes likewise
+  OperandChecker check(Lens::kOperation);
   const auto failure = [&] { return ffi::Unexpected(check.error()); };
   const size_t count = std::max<size_t>(1, results.size() / O::kWritten);
-  check.require_counts(operands, O::kCount * count + 3, results, O::kWritten * count);
-  check.require(attributes.size() == count + 3, "Wrong number of attributes: expected ", count + 3,
-                " attributes but got ", attributes.size());
+  check.require_counts(operands, O::kCount * count + kLast, results, O::kWritten * count);
+  check.require(attributes.size() == count + kForAll, "Wrong number of attributes: expected ",
+                count + kForAll, " attributes but got ", attributes.size());
   if (!check.ok()) return failure();
   const auto attribute = [&](const std::string& name, auto initial) {
     const auto got = attributes.get<decltype(initial)>(name);
@@ -122,9 +155,11 @@ inline ffi::ErrorOr<DecodeRecordsCalls> check_decode_records(ffi::RemainingArgs 
     check.require(false, name, ": ", got.error().message());
     return initial;
   };
-  DecodeRecordsCalls calls;
+  const auto last = [&](size_t k) { return *operands.get<ffi::AnyBuffer>(O::kCount * count + k); };
+  RecordsCalls<typename Lens::Params> calls;
   calls.geometry = attribute("geometry", int64_t{});
-  const auto next_n = attribute("next_n", int64_t{}), layer = attribute("layer", int64_t{});
+  const Lens lens = Lens::read([&](size_t k) { return last(1 + k); }, attribute);
+  const auto layer = attribute("layer", int64_t{});
   check.require(calls.geometry >= kAutoGeometry,
                 "geometry: expected -1, or the index of one that is compiled");
   std::vector<CompressorAttributes> of_compressors;
@@ -140,22 +175,20 @@ inline ffi::ErrorOr<DecodeRecordsCalls> check_decode_records(ffi::RemainingArgs 
   for (size_t i = 0; i < count; ++i) {
     const CompressorAttributes& a = of_compressors[i];
     const auto arg = [&](size_t k) { return *operands.get<ffi::AnyBuffer>(O::kCount * i + k); };
-    const auto last = [&](size_t k) {
-      return *operands.get<ffi::AnyBuffer>(O::kCount * count + k);
-    };
     const auto ret = [&](size_t k) { return **results.get<ffi::AnyBuffer>(O::kWritten * i + k); };
-    const O o{{arg(0), arg(1), arg(2), arg(3), arg(4), arg(5), arg(6), last(0), last(2), ret(0),
-               ret(1), next_n, layer, a.state_format, a.column},
+    const ffi::AnyBuffer layer_operand = last(kLast - 1);
+    const O o{{arg(0), arg(1), arg(2), arg(3), arg(4), arg(5), arg(6), last(0), layer_operand,
+               ret(0), ret(1), lens.next_n, layer, a.state_format, a.column},
               arg(7),
               {arg(8),
                arg(9),
                a.format,
                {a.rms_norm_eps, a.interleaved, a.hadamard, a.scale_floor, a.scales, a.rounding}},
-              {arg(10), last(2), layer, a.format, a.scales, a.page_size},
+              {arg(10), layer_operand, layer, a.format, a.scales, a.page_size},
               ret(2)};
     set_owner(i);
     check_step_operands(check, o.step);
-    check.require_rank("q_lens", last(1), 1, "batch");
+    lens.check_operands(check, o.step);
     check.require_rank("tables.records", o.tables, 2, "batch, max_pages");
     check_record_operands(check, o.made_with);
     check_pool_operands(check, o.pool);
@@ -170,26 +203,33 @@ inline ffi::ErrorOr<DecodeRecordsCalls> check_decode_records(ffi::RemainingArgs 
   }
 
   check.set_groups(each.front().step.groups());
+  std::vector<DecodeParams> steps;
   for (size_t i = 0; i < count; ++i) {
     set_owner(i);
-    DecodeParams& p = calls.each[i].params;
-    p = check_step(check, each[i].step, calls.each[i].selection);
+    steps.push_back(check_step(check, each[i].step, calls.each[i].selection));
+    check.require(steps[i].next_n == steps[0].next_n,
+                  "kv_score: expected as many rows as compressor[0] has");
   }
   check.set_owner("");
   for (size_t i = 0; i < count; ++i) {
-    check_requests(check, each[i].step, calls.each[i].params);
-    check_q_lens(check, *operands.get<ffi::AnyBuffer>(O::kCount * count + 1), calls.each[i].params);
+    lens.check_requests(check, each[i].step, steps[i], calls.each[i].params);
   }
   for (size_t i = 0; i < count; ++i) {
     set_owner(i);
-    DecodeRecordsCall& call = calls.each[i];
+    auto& call = calls.each[i];
     call.params.records =
         check_record_target(check, each[i], call.selection.head_dim, call.params.batch);
   }
   if (!check.ok()) return failure();
-  const DecodeParams& p = calls.each.front().params;
-  calls.empty = p.num_groups * int64_t{p.batch} == 0;
+  const DecodeParams& p = steps.front();
+  calls.empty = p.num_groups * int64_t{p.batch} == 0 || p.next_n == 0;
   return calls;
+}
+
+inline ffi::ErrorOr<DecodeRecordsCalls> check_decode_records(ffi::RemainingArgs operands,
+                                                             ffi::RemainingRets results,
+                                                             ffi::Dictionary attributes) {
+  return check_records<DecodeLens>(operands, results, attributes);
 }
 
 }  // namespace jax_dsv4

@@ -18,13 +18,11 @@
 namespace jax_dsv4 {
 namespace {
 
-// One compressor's step. The functions know its configuration and its records' format: apart, for
-// not every pair of them to be compiled.
+// One compressor's step.
 struct Step {
   DecodeRecordsParams params;
   void (*run)(const Step&, uint32_t group, uint32_t request);
-  void (*store)(const RecordTarget&, uint32_t group, uint32_t position, const RecordPages&,
-                const RecordPlace&, float* value);
+  StoreRecord store;
 };
 
 template <class Config, StateFormat kFormat>
@@ -36,7 +34,7 @@ void run_request(const Step& step, uint32_t group, uint32_t request) {
 }
 
 Step step_of(const DecodeRecordsCall& call) {
-  Step step{call.params, nullptr, nullptr};
+  Step step{call.params, nullptr, store_of(call.format, call.selection.head_dim)};
   visit_config(call.selection, [&](auto config) {
     using C = decltype(config);
     if constexpr (std::is_same_v<typename C::Out, f32>) {
@@ -48,8 +46,6 @@ Step step_of(const DecodeRecordsCall& call) {
       }
     }
   });
-  visit_record(call.format, call.selection.head_dim,
-               [&](auto record) { step.store = store_record<record.kFormat, record.kHeadDim>; });
   return step;
 }
 

@@ -11,12 +11,14 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(PagedKvCompressCpu);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(StoreRecordsCpu);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(DequantizeRecordsCpu);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(DecodeRecordsCpu);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(RaggedKvCompressCpu);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(RaggedRecordsCpu);
 
 namespace jax_dsv4 {
 
 NB_MODULE(_cpu, m) {
   export_handlers(m, &PagedKvCompressCpu, &StoreRecordsCpu, &DequantizeRecordsCpu,
-                  &DecodeRecordsCpu);
+                  &DecodeRecordsCpu, &RaggedKvCompressCpu, &RaggedRecordsCpu);
 
   const auto name_of = [](DType dtype) { return dtype == DType::kBF16 ? "bfloat16" : "float32"; };
   nb::list kinds, dtypes, formats;

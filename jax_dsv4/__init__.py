@@ -11,9 +11,16 @@ if importlib.util.find_spec("jax_dsv4._cpu") is None:
     )
 
 from jax_dsv4._op import EXPORT_DISABLED_CHECKS
-from jax_dsv4.compressor import CacheTables, Compressor, CompressorCache, decode_records
+from jax_dsv4.compressor import (
+    CacheTables,
+    Compressor,
+    CompressorCache,
+    decode_records,
+    ragged_records,
+)
 from jax_dsv4.decode import paged_kv_compress, raw_to_prefix
 from jax_dsv4.pages import OutOfPages, PagePool, SlotTables, live_pages, pages_needed, slot_tables
+from jax_dsv4.ragged import LiveRows, live, ragged_kv_compress
 from jax_dsv4.records import (
     RECORD_FORMATS,
     RecordCache,
@@ -23,7 +30,13 @@ from jax_dsv4.records import (
 )
 from jax_dsv4.rope import make_cos_sin_cache
 from jax_dsv4.state import STATE_FORMATS, CompressorState, init_state
-from jax_dsv4.windows import CompletedWindows, completed_windows, num_compressed
+from jax_dsv4.windows import (
+    CompletedWindows,
+    RaggedWindows,
+    completed_windows,
+    num_compressed,
+    ragged_windows,
+)
 
 __version__ = importlib.metadata.version("jax_dsv4")
 
@@ -36,8 +49,10 @@ __all__ = [
     "Compressor",
     "CompressorCache",
     "CompressorState",
+    "LiveRows",
     "OutOfPages",
     "PagePool",
+    "RaggedWindows",
     "RecordCache",
     "SlotTables",
     "__version__",
@@ -46,11 +61,15 @@ __all__ = [
     "dequantize_records",
     "init_records",
     "init_state",
+    "live",
     "live_pages",
     "make_cos_sin_cache",
     "num_compressed",
     "paged_kv_compress",
     "pages_needed",
+    "ragged_kv_compress",
+    "ragged_records",
+    "ragged_windows",
     "raw_to_prefix",
     "slot_tables",
     "store_records",

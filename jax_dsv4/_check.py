@@ -158,3 +158,12 @@ def layer(value: Any, num_layers: int) -> tuple[int, Array]:
     if 0 <= got < num_layers:
         return got, jnp.zeros(0, jnp.int32)
     return -1, jnp.full(1, -1, jnp.int32)
+
+
+def ragged_batch(kv_lens: Any, cu_q_lens: Any, num_seqs: Any) -> tuple[Array, Array, Array]:
+    """What says whose the rows of a ragged batch are, as operands: [B], [B + 1]; [1], or [0]."""
+    kv_lens = array("kv_lens", kv_lens, I32, "B")
+    cu_q_lens = array("cu_q_lens", cu_q_lens, I32, kv_lens.shape[0] + 1)
+    if num_seqs is None:
+        return kv_lens, cu_q_lens, jnp.zeros(0, jnp.int32)
+    return kv_lens, cu_q_lens, array("num_seqs", num_seqs, I32).reshape(1)

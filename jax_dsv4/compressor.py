@@ -1,9 +1,10 @@
-"""Whole compressors: a decode step that ends in records."""
+"""Whole compressors: decode steps and ragged batches that end in records."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jax import Array
@@ -11,7 +12,15 @@ from jax.typing import ArrayLike
 
 from jax_dsv4 import _check, _config, _op, _pytree
 from jax_dsv4._op import Operand
-from jax_dsv4.decode import DECODE, DecodeOptions, check_new_rows, check_tables, decode_attributes
+from jax_dsv4.decode import (
+    DECODE,
+    ROWS,
+    DecodeOptions,
+    check_implementation,
+    check_new_rows,
+    check_tables,
+)
+from jax_dsv4.ragged import RAGGED, RAGGED_ROWS, LiveRows, RaggedOptions, check_store_rows
 from jax_dsv4.records import (
     STORE,
     RecordCache,
@@ -108,7 +117,7 @@ class CacheTables:
 class _Part:
     """The static side of one compressor's part of a call."""
 
-    decode: DecodeOptions
+    values: DecodeOptions
     store: StoreOptions
     column: int  # of kv_score, which may hold those of other compressors: the first of its own
 
@@ -121,46 +130,68 @@ class _Options:
     layer: int = -1  # where it is known when traced; -1: none, or the operand's
 
 
-# Of one compressor. Those that it does not have are empty, as in DECODE and STORE.
-_OPERANDS = (
-    *(DECODE[name] for name in DECODE.names[: DECODE.names.index("kv_lens")]),
-    Operand("tables.records", 2),
-    *(STORE[name] for name in ("norm_weight", "cos_sin_cache", "records.pool")),
-)
+# Attributes of the operation that ends in values which are the whole call's, not a compressor's.
+_OF_CALL = ("next_n", "max_rewind", "resume_every")
 
 
-def _attributes(options: _Options, *operands: Any) -> dict[str, Any]:
+def _operands_of(values: _op.Operation) -> tuple[tuple[Operand, ...], tuple[Operand, ...]]:
+    """Those of one compressor, and those of all, where the values of ``values`` become records.
+
+    Those that a compressor does not have are empty, as in ``values`` and STORE.
+    """
+    shared = values.names.index("kv_lens")
+    to_records = (STORE[name] for name in ("norm_weight", "cos_sin_cache", "records.pool"))
+    own = (*values.operands[:shared], Operand("tables.records", 2), *to_records)
+    return own, values.operands[shared:]
+
+
+def _attributes(values: _op.Operation, options: _Options, *operands: Any) -> dict[str, Any]:
+    size = len(_operands_of(values)[0])
     attributes: dict[str, Any] = {"layer": options.layer}
     for i, part in enumerate(options.compressors):
-        of_step = decode_attributes(part.decode, *operands[i * len(_OPERANDS) :])
-        attributes["next_n"] = of_step["next_n"]
-        own = of_step | store_attributes(part.store) | {"column": part.column}
-        for name in ("layer", "next_n", "out_dtype"):
+        own = dict(values.attributes(part.values, *operands[i * size :]))
+        attributes |= {name: own.pop(name) for name in _OF_CALL if name in own}
+        own |= store_attributes(part.store) | {"column": part.column}
+        for name in ("layer", "out_dtype"):
             del own[name]
         attributes[f"compressor_{i}"] = own
     return attributes
 
 
 @functools.cache
-def decode_records_of(count: int, has_layers: bool) -> _op.Operation:
-    """The operation for so many compressors."""
+def _ending_in_records(
+    values: _op.Operation,
+    name: str,
+    reference: Callable[..., tuple[Array, ...]],
+    count: int,
+    has_layers: bool,
+) -> _op.Operation:
+    """The operation on so many compressors that stores the values of ``values`` as records."""
+    own, shared = _operands_of(values)
     operands = []
     for i in range(count):
         owner = _owner(i, count)
         operands += [
-            dataclasses.replace(o, name=owner + o.name, like=o.like and owner + o.like)
-            for o in _OPERANDS
+            dataclasses.replace(o, name=owner + o.name, like=o.like and owner + o.like) for o in own
         ]
     operation = _op.Operation(
-        name="decode_records",
-        target="jax_dsv4_decode_records",
-        operands=(*operands, Operand("kv_lens", 1), Operand("q_lens", 1), Operand("layer", 1)),
+        name=name,
+        target=f"jax_dsv4_{name}",
+        operands=(*operands, *shared),
         groups=_owner(0, count) + "state.kv",
         results=lambda options, *operands: (),
-        attributes=_attributes,
-        reference=_op.of_layers(reference.decode_records),
+        attributes=functools.partial(_attributes, values),
+        reference=_op.of_layers(reference),
     )
     return operation.with_layers() if has_layers else operation
+
+
+decode_records_of = functools.partial(
+    _ending_in_records, DECODE, "decode_records", reference.decode_records
+)
+ragged_records_of = functools.partial(
+    _ending_in_records, RAGGED, "ragged_records", reference.ragged_records
+)
 
 
 def _owner(index: int, count: int) -> str:
@@ -211,14 +242,78 @@ def decode_records(
     head_dim 128, of the same dtypes and state format; for other tuples it is a launch for each. The
     order of some sums differs from the two operations above: next to no byte of a record differs.
     """
-    if not isinstance(implementation, _op.Kernel):
-        _check.choice("implementation", implementation, _check.IMPLEMENTATIONS)
+    given = _part_of_each(kv_score, compressor, cache, tables, ROWS)
+    parts, operands = _check_parts(given, DecodeOptions, ROWS, None, layer, implementation)
+    kv_lens = _check.array("kv_lens", kv_lens, _check.I32, operands[0][0].shape[0])
+    q_lens = _check.optional("q_lens", q_lens, _check.I32, *kv_lens.shape)
+    caches = _call(
+        decode_records_of, given, parts, operands, (kv_lens, q_lens), layer, implementation
+    )
+    return caches if isinstance(compressor, tuple) else caches[0]
+
+
+def ragged_records(
+    kv_score: Any,
+    compressor: Compressor | tuple[Compressor, ...],
+    cache: CompressorCache | tuple[CompressorCache, ...],
+    tables: CacheTables | tuple[CacheTables, ...],
+    kv_lens: ArrayLike,
+    cu_q_lens: ArrayLike,
+    *,
+    layer: int | ArrayLike | None = None,
+    num_seqs: ArrayLike | None = None,
+    store_rows: str | LiveRows = "all",
+    implementation: str | _op.Kernel | None = None,
+) -> Any:
+    """A ragged batch through whole compressors: from projections to stored records.
+
+    ``ragged_kv_compress``, whose values stay in f32, and ``store_records`` of the windows that the
+    call completes. A call that completes none writes no byte of the record cache.
+
+    Args:
+      kv_score: ``[T, 2 S]`` bf16 or f32, or a pair of ``[T, S]``, as in ``ragged_kv_compress``. For
+        several compressors: one array of all their columns, in their order, or a tuple of the
+        above.
+      compressor, cache, tables: as in ``decode_records``.
+      kv_lens, cu_q_lens, num_seqs, store_rows, implementation: as in ``ragged_kv_compress``.
+      layer: which layer of state and records the call works on.
+
+    Returns:
+      The cache; a tuple of as many. A window of which nothing is left, all of its rows being
+      nowhere, gives a record of zeros; what is not stored: as in ``decode_records``.
+
+    Raises:
+      ValueError, TypeError: at trace time, for a wrong shape, dtype or choice; the text names the
+        argument.
+      NotImplementedError: when differentiated.
+
+    vmap: as in ``paged_kv_compress``: the cache is written, so an unmapped one is copied per index.
+    """
+    options_of = functools.partial(RaggedOptions, **check_store_rows(store_rows))
+    batch = _check.ragged_batch(kv_lens, cu_q_lens, num_seqs)
+    given = _part_of_each(kv_score, compressor, cache, tables, RAGGED_ROWS)
+    parts, operands = _check_parts(
+        given, options_of, RAGGED_ROWS, batch[0].shape[0], layer, implementation
+    )
+    caches = _call(ragged_records_of, given, parts, operands, batch, layer, implementation)
+    return caches if isinstance(compressor, tuple) else caches[0]
+
+
+def _check_parts(
+    given: list[_Given],
+    options_of: Callable[..., DecodeOptions],
+    dims: tuple[str, ...],
+    batch: int | None,
+    layer: Any,
+    implementation: str | _op.Kernel | None,
+) -> tuple[list[_Part], list[tuple[Array, ...]]]:
+    """The static sides and the operands of all compressors, checked."""
+    check_implementation(implementation)
     has_layers = layer is not None
-    given = _part_of_each(kv_score, compressor, cache, tables)
     parts, operands = [], []
     for i, own in enumerate(given):
         try:
-            part, of_part = _check_part(own, has_layers, implementation)
+            part, of_part = _check_part(own, options_of, dims, batch, has_layers, implementation)
             if operands:
                 _check_alike(of_part, operands[0], has_layers)
         except (TypeError, ValueError) as error:
@@ -226,22 +321,33 @@ def decode_records(
             raise
         parts.append(part)
         operands.append(of_part)
-    kv_lens = _check.array("kv_lens", kv_lens, _check.I32, operands[0][0].shape[0])
-    q_lens = _check.optional("q_lens", q_lens, _check.I32, *kv_lens.shape)
+    return parts, operands
+
+
+def _call(
+    operation_of: Callable[[int, bool], _op.Operation],
+    given: list[_Given],
+    parts: list[_Part],
+    operands: list[tuple[Array, ...]],
+    shared: tuple[Array, ...],
+    layer: Any,
+    implementation: str | _op.Kernel | None,
+) -> tuple[CompressorCache, ...]:
+    """The call, and the caches that it leaves."""
     index, layer_operand = _check.layer(layer, operands[0][3].shape[0])
     results = _op.call(
-        decode_records_of(len(parts), has_layers),
+        operation_of(len(parts), layer is not None),
         _Options(tuple(parts), index),
         implementation,
         *(x for of_part in operands for x in of_part),
-        *(kv_lens, q_lens, layer_operand),
+        *(*shared, layer_operand),
     )
     caches = []
     for i, own in enumerate(given):
         kv, score, pool = results[3 * i : 3 * i + 3]
         state = CompressorState(kv, score, own.cache.state.format)
         caches.append(CompressorCache(state, dataclasses.replace(own.cache.records, pool=pool)))
-    return tuple(caches) if isinstance(compressor, tuple) else caches[0]
+    return tuple(caches)
 
 
 class _Given(NamedTuple):
@@ -254,7 +360,9 @@ class _Given(NamedTuple):
     tables: Any
 
 
-def _part_of_each(kv_score: Any, compressor: Any, cache: Any, tables: Any) -> list[_Given]:
+def _part_of_each(
+    kv_score: Any, compressor: Any, cache: Any, tables: Any, dims: tuple[str, ...]
+) -> list[_Given]:
     if not isinstance(compressor, tuple):
         return [_Given(kv_score, None, compressor, cache, tables)]
     count = len(compressor)
@@ -267,9 +375,9 @@ def _part_of_each(kv_score: Any, compressor: Any, cache: Any, tables: Any) -> li
     for c in compressor:
         _check_type("compressor", c, Compressor)
     if not isinstance(kv_score, tuple):
-        dims = [c.state_dim for c in compressor]
-        rows = (check_new_rows(kv_score, sum(dims)),) * count
-        columns = [2 * sum(dims[:i]) for i in range(count)]
+        widths = [c.state_dim for c in compressor]
+        rows = (check_new_rows(kv_score, sum(widths), dims),) * count
+        columns = [2 * sum(widths[:i]) for i in range(count)]
     elif len(kv_score) == count:
         rows, columns = kv_score, [None] * count
     else:
@@ -280,7 +388,12 @@ def _part_of_each(kv_score: Any, compressor: Any, cache: Any, tables: Any) -> li
 
 
 def _check_part(
-    given: _Given, has_layers: bool, implementation: str | _op.Kernel | None
+    given: _Given,
+    options_of: Callable[..., DecodeOptions],
+    dims: tuple[str, ...],
+    batch: int | None,  # None: of kv_score's first dimension
+    has_layers: bool,
+    implementation: str | _op.Kernel | None,
 ) -> tuple[_Part, tuple[Array, ...]]:
     """The static side and the operands of one compressor."""
     kv_score, column, c, cache, tables = given
@@ -305,16 +418,16 @@ def _check_part(
     num_pages = pool.shape[-2]
     if isinstance(num_pages, int) and num_pages * records.page_size >= 2**31:
         raise ValueError("cache.records: expected fewer than 2^31 records in a layer")
-    rows, apart = check_new_rows(kv_score, c.state_dim) if column is None else kv_score
+    rows, apart = check_new_rows(kv_score, c.state_dim, dims) if column is None else kv_score
     if implementation != "xla":
         dtypes = _config.DTypes(rows.dtype.name, kv.dtype.name, "float32")
         _config.check_compiled(_config.Kind(c.head_dim, c.compress_ratio, c.overlap), dtypes)
     check_compiled_records(kind, implementation)
     if c.hadamard:
         check_hadamard(kind)
-    batch = rows.shape[0]
+    size = rows.shape[0] if batch is None else batch
     part = _Part(
-        DecodeOptions(c.compress_ratio, c.overlap, state.format, "float32"),
+        options_of(c.compress_ratio, c.overlap, state.format, "float32"),
         StoreOptions(
             kind, records.page_size, c.rms_norm_eps, c.rope_layout, c.hadamard, c.rounding
         ),
@@ -326,8 +439,8 @@ def _check_part(
         _check.optional("ape", c.ape, ("float32",), c.compress_ratio, c.state_dim),
         kv,
         score,
-        *check_tables(tables.state, batch),
-        _check.array("tables.records", tables.records, _check.I32, batch, "max_pages"),
+        *check_tables(tables.state, size),
+        _check.array("tables.records", tables.records, _check.I32, size, "max_pages"),
         *check_norm_and_rotation(c.norm_weight, c.cos_sin_cache, c.head_dim),
         pool,
     )
@@ -336,11 +449,11 @@ def _check_part(
 def _check_alike(operands: tuple[Array, ...], first: tuple[Array, ...], has_layers: bool) -> None:
     """What a compressor must have in common with the first one."""
     (rows, _, _, kv, *_), (first_rows, _, _, first_kv, *_) = operands, first
-    batch, next_n, _ = first_rows.shape
-    if rows.shape[:2] != (batch, next_n):
+    *dims, _ = first_rows.shape
+    if rows.shape[:-1] != tuple(dims):
         raise ValueError(
-            f"kv_score: expected shape [{batch}, {next_n}, columns], as compressor[0]'s, got "
-            f"{list(rows.shape)}"
+            f"kv_score: expected shape [{', '.join(map(str, dims))}, columns], as compressor[0]'s, "
+            f"got {list(rows.shape)}"
         )
     if has_layers and kv.shape[0] != first_kv.shape[0]:
         raise ValueError(

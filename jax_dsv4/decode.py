@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,20 +41,21 @@ def _results(options: DecodeOptions, kv_score, new_score, ape, kv, *rest):
     return [((batch, num_windows, options.head_dim(kv.shape[-1])), jnp.dtype(options.out_dtype))]
 
 
-def decode_attributes(
-    options: DecodeOptions, kv_score: Any, new_score: Any, ape: Any, kv: Any, *rest: Any
-) -> dict[str, Any]:
-    """The attributes of a call, each of its exact type."""
+def window_attributes(options: DecodeOptions, kv_score: Any, kv: Any) -> dict[str, Any]:
+    """The attributes of any call that completes windows, each of its exact type."""
     return {
         "compress_ratio": options.compress_ratio,
         "overlap": options.overlap,
-        "next_n": int(kv_score.shape[1]),
         "layer": options.layer,
         "kv_score_dtype": _config.DATA_TYPE[kv_score.dtype],
         "state_format": np.uint8(_config.STATE_FORMATS.index(options.state_format)),
         "state_dtype": _config.DATA_TYPE[kv.dtype],
         "out_dtype": _config.DATA_TYPE[jnp.dtype(options.out_dtype)],
     }
+
+
+def _attributes(options: DecodeOptions, kv_score, new_score, ape, kv, *rest):
+    return window_attributes(options, kv_score, kv) | {"next_n": int(kv_score.shape[1])}
 
 
 # Operands that a call does not have are empty: new_score, where kv_score holds the scores, too;
@@ -75,24 +77,27 @@ DECODE = _op.Operation(
     ),
     groups="state.kv",
     results=_results,
-    attributes=decode_attributes,
+    attributes=_attributes,
     reference=_op.of_layers(reference.paged_kv_compress),
 )
 _WITH_LAYERS = DECODE.with_layers()
 
 
-def check_new_rows(kv_score: Any, state_dim: int) -> tuple[Array, Array]:
-    """``kv_score``, and an empty array; or kv and score apart."""
+ROWS = ("B", "next_n")  # the dimensions of a decode step's new rows
+
+
+def check_new_rows(kv_score: Any, state_dim: int, dims: tuple[str, ...]) -> tuple[Array, Array]:
+    """``kv_score`` of rows in ``dims``, and an empty array; or kv and score apart."""
     floats, S = _check.FLOATS, state_dim
     if not isinstance(kv_score, tuple):
-        rows = _check.array("kv_score", kv_score, floats, "B", "next_n", 2 * S)
-        apart = jnp.zeros((0, 0, 0), rows.dtype)
+        rows = _check.array("kv_score", kv_score, floats, *dims, 2 * S)
+        apart = jnp.zeros((0,) * rows.ndim, rows.dtype)
     elif len(kv_score) != 2:
         raise ValueError(f"kv_score: expected a pair (kv, score), got {len(kv_score)} arrays")
     else:
-        rows = _check.array("kv_score[0]", kv_score[0], floats, "B", "next_n", S)
+        rows = _check.array("kv_score[0]", kv_score[0], floats, *dims, S)
         apart = _check.array("kv_score[1]", kv_score[1], (rows.dtype.name,), *rows.shape)
-    if rows.shape[1] < 1:
+    if dims == ROWS and rows.shape[1] < 1:
         raise ValueError("kv_score: expected a next_n of at least 1, got 0")
     return rows, apart
 
@@ -107,6 +112,41 @@ def check_tables(block_tables: Any, batch: int) -> tuple[Array, Array]:
     kv_tables = _check.array("block_tables[0]", block_tables[0], _check.I32, batch, "max_pages")
     score_tables = _check.array("block_tables[1]", block_tables[1], _check.I32, *kv_tables.shape)
     return kv_tables, score_tables
+
+
+def check_implementation(implementation: Any) -> None:
+    """Raise ``ValueError`` unless it is a choice, or a kernel that benchmarks and tests name."""
+    if not isinstance(implementation, _op.Kernel):
+        _check.choice("implementation", implementation, _check.IMPLEMENTATIONS)
+
+
+def check_call(
+    options_of: Callable[..., DecodeOptions],
+    dims: tuple[str, ...],
+    kv_score: Any,
+    ape: Any,
+    state: Any,
+    compress_ratio: Any,
+    overlap: Any,
+    layer: Any,
+    out_dtype: Any,
+    implementation: Any,
+) -> tuple[DecodeOptions, tuple[Array, ...], Array]:
+    """The options of a call that ends in values; kv_score, ape and state as operands; its layer."""
+    ratio, overlap = _check.ratio_and_overlap(compress_ratio, overlap)
+    check_implementation(implementation)
+    out_dtype = _check.floating("out_dtype", out_dtype)
+    kv, score = check_state(state, overlap=overlap, layers=layer is not None)
+    state_dim = kv.shape[-1]
+    index, layer_operand = _check.layer(layer, kv.shape[0])
+    options = options_of(ratio, overlap, state.format, out_dtype, layer=index)
+    new_rows = check_new_rows(kv_score, state_dim, dims)
+    if implementation != "xla":
+        kind = _config.Kind(options.head_dim(state_dim), ratio, overlap)
+        dtypes = _config.DTypes(new_rows[0].dtype.name, kv.dtype.name, out_dtype)
+        _config.check_compiled(kind, dtypes)
+    ape = _check.optional("ape", ape, ("float32",), ratio, state_dim)
+    return options, (*new_rows, ape, kv, score), layer_operand
 
 
 def paged_kv_compress(
@@ -198,26 +238,16 @@ def paged_kv_compress(
     The method is that of DeepSeek-V4's compressor, in the paged form that TensorRT-LLM serves
     (``pagedKvCompressKernel``).
     """
-    ratio, overlap = _check.ratio_and_overlap(compress_ratio, overlap)
-    if not isinstance(implementation, _op.Kernel):
-        _check.choice("implementation", implementation, _check.IMPLEMENTATIONS)
-    out_dtype = _check.floating("out_dtype", out_dtype)
-    kv, score = check_state(state, overlap=overlap, layers=layer is not None)
-    state_dim = kv.shape[-1]
-    index, layer_operand = _check.layer(layer, kv.shape[0])
-    options = DecodeOptions(ratio, overlap, state.format, out_dtype, index)
-    new_rows = check_new_rows(kv_score, state_dim)
-    if implementation != "xla":
-        kind = _config.Kind(options.head_dim(state_dim), ratio, overlap)
-        dtypes = _config.DTypes(new_rows[0].dtype.name, kv.dtype.name, out_dtype)
-        _config.check_compiled(kind, dtypes)
-    batch = new_rows[0].shape[0]
-    ape = _check.optional("ape", ape, ("float32",), ratio, state_dim)
+    options, operands, layer_operand = check_call(
+        *(DecodeOptions, ROWS, kv_score, ape, state, compress_ratio, overlap),
+        *(layer, out_dtype, implementation),
+    )
+    batch = operands[0].shape[0]
     tables = check_tables(block_tables, batch)
     kv_lens = _check.array("kv_lens", kv_lens, _check.I32, batch)
     q_lens = _check.optional("q_lens", q_lens, _check.I32, batch)
     operation = DECODE if layer is None else _WITH_LAYERS
-    operands = (*new_rows, ape, kv, score, *tables, kv_lens, q_lens, layer_operand)
+    operands = (*operands, *tables, kv_lens, q_lens, layer_operand)
     kv_comp, kv, score = _op.call(operation, options, implementation, *operands)
     return kv_comp, CompressorState(kv, score, state.format)
 

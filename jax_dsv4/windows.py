@@ -1,4 +1,4 @@
-"""Which windows a step completes: for what an engine does with the rows of ``kv_comp``."""
+"""Which windows a call completes: for what an engine does with the rows of ``kv_comp``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jax_dsv4 import _check
+from jax_dsv4.reference.ragged import requests_of
 
 
 class CompletedWindows(NamedTuple):
@@ -86,6 +87,48 @@ def completed_windows(
     valid = row < count[:, None]
     window = jnp.where(valid, first[:, None] + row, -1)
     return CompletedWindows(window, valid, jnp.where(valid, window * ratio, -1))
+
+
+class RaggedWindows(NamedTuple):
+    """What the rows of a ragged batch's ``kv_comp`` hold; two arrays ``[T // R + B]`` i32.
+
+    Attributes:
+      request: the request whose window the row holds; -1 where it holds none.
+      window: the window, which is also the index of its record in the request's sequence of
+        records, and times R the position at which that is rotated; -1 where the row holds none.
+    """
+
+    request: Array
+    window: Array
+
+
+def ragged_windows(
+    cu_q_lens: ArrayLike,
+    kv_lens: ArrayLike,
+    *,
+    num_rows: int,
+    compress_ratio: int,
+    overlap: bool | None = None,
+    num_seqs: ArrayLike | None = None,
+) -> RaggedWindows:
+    """Which request's window each row of ``kv_comp`` holds, of ``ragged_kv_compress``.
+
+    Args:
+      cu_q_lens, kv_lens, compress_ratio, num_seqs: those of the call.
+      overlap: changes nothing, as in ``num_compressed``.
+      num_rows: T, the static number of rows of ``kv_score``.
+
+    Returns:
+      ``RaggedWindows(request, window)``.
+
+    Raises:
+      ValueError, TypeError: a wrong shape, value or dtype; the text names the argument.
+    """
+    ratio, _ = _check.ratio_and_overlap(compress_ratio, overlap)
+    num_rows = _check.integer("num_rows", num_rows, 0)
+    kv_lens, cu_q_lens, num_seqs = _check.ragged_batch(kv_lens, cu_q_lens, num_seqs)
+    requests = requests_of(cu_q_lens, kv_lens, num_seqs, num_rows)
+    return RaggedWindows(*requests.windows(num_rows, ratio))
 
 
 def _first_and_count(

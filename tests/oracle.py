@@ -135,3 +135,100 @@ def softmax_mean(scores, values):
         weights = np.exp(scores - np.where(highest == -np.inf, 0, highest))
         total = weights.sum(0)
         return np.where(total == 0, 0, (weights * values).sum(0) / np.where(total == 0, 1, total))
+
+
+# -------------------------------------------------------------------------------- ragged batches
+
+
+def ragged_requests(kv_lens, cu_q_lens, num_seqs, num_rows):
+    """(request, its first new row, the row behind its last) of each that brings a row that counts.
+
+    ``num_seqs``: None, or as the operand.
+    """
+    there = len(kv_lens) if num_seqs is None else min(max(int(num_seqs), 0), len(kv_lens))
+    requests, end = [], min(max(int(cu_q_lens[0]), 0), num_rows)
+    for b in range(there):
+        begin, end = end, max(end, min(max(int(cu_q_lens[b + 1]), 0), num_rows))
+        if begin < end and kv_lens[b] > 0:
+            requests.append((b, begin, end))
+    return requests
+
+
+def rows_read(start, *, ratio, overlap, state_format):
+    """The positions below ``start`` that a step which starts there may read, however long it is."""
+    window = start // ratio
+    before = {window * ratio - 1} if overlap and window else set()
+    if state_format == "prefix":
+        return before | ({start - 1} if start % ratio else set())
+    first = window - 1 if overlap and window else window
+    return set(range(first * ratio, start))
+
+
+def rows_stored(start, length, store_rows, **kind):
+    """Which of the new rows start <= position < length are: all (None), or (max_rewind, every)."""
+    if store_rows is None:
+        return set(range(start, length))
+    max_rewind, every = store_rows
+    starts = set(range(max(length - max_rewind, 0), length + 1))
+    if every is not None:
+        starts |= {s for s in range(start + 1, length + 1) if s % every == 0}
+    return {p for s in starts for p in rows_read(s, **kind) if p >= start}
+
+
+def ragged_kv_compress(
+    kv_score,
+    ape,
+    kv,
+    score,
+    kv_tables,
+    score_tables,
+    kv_lens,
+    cu_q_lens,
+    num_seqs,
+    *,
+    ratio,
+    overlap,
+    state_format,
+    store_rows=None,
+):
+    """A ragged batch, one request after the other: each a decode step on its rows, section 2.
+
+    The decode step runs on a sequence of its own, of the rows from one window before the first that
+    may be completed, in pages of one row. What of it is stored then goes where the tables say.
+    """
+    decode = {"raw": paged_kv_compress, "prefix": paged_kv_compress_on_prefixes}[state_format]
+    new_dtype = kv.dtype if state_format == "raw" else np.float64
+    states = {"kv": kv.astype(new_dtype), "score": score.astype(new_dtype)}
+    num_pages, page_size, state_dim = kv.shape
+    head_dim = state_dim // 2 if overlap else state_dim
+    kv_comp = np.zeros((len(kv_score) // ratio + len(kv_lens), head_dim))
+    for b, begin, end in ragged_requests(kv_lens, cu_q_lens, num_seqs, len(kv_score)):
+        length = int(kv_lens[b])
+        start = max(length - (end - begin), 0)
+        origin = max(start // ratio - 1, 0) * ratio
+        count = length - origin
+        pools = {"kv": np.zeros((count, 1, state_dim), kv.dtype)}
+        pools["score"] = np.full_like(pools["kv"], -np.inf)
+        own_tables = {name: np.arange(count, dtype=np.int32)[None] for name in pools}
+        places = {}
+        for p in range(origin, length):
+            where = (p, num_pages, page_size)
+            places[p] = {"kv": find_row(kv_tables[b], *where)}
+            places[p]["score"] = find_row(score_tables[b], *where)
+            for name, at in places[p].items():
+                if at is None and (p < start or store_rows is None):
+                    own_tables[name][0, p - origin] = -1
+                elif at is not None and p < start:
+                    pools[name][p - origin, 0] = {"kv": kv, "score": score}[name][at]
+        rows, lens = kv_score[None, begin:end], np.array([count], np.int32)
+        kind = {"ratio": ratio, "overlap": overlap}
+        *after, values = decode(
+            rows, ape, *pools.values(), *own_tables.values(), lens, None, **kind
+        )
+        num_windows = length // ratio - start // ratio
+        kv_comp[begin // ratio + b :][:num_windows] = values[0, :num_windows]
+        for p in rows_stored(start, length, store_rows, state_format=state_format, **kind):
+            for name, own in zip(states, after, strict=True):
+                if places[p][name] is not None:
+                    states[name][places[p][name]] = own[p - origin, 0]
+    return states["kv"], states["score"], kv_comp

@@ -99,11 +99,7 @@ def paged_kv_compress(
             before = rows_of(window - 1, to_next)
             kv_rows = jnp.concatenate((before[0], kv_rows), axis=2)
             score_rows = jnp.concatenate((before[1], score_rows), axis=2)
-        highest = jnp.max(score_rows, axis=2, keepdims=True)
-        weights = jnp.exp(score_rows - jnp.where(highest == -jnp.inf, 0, highest))
-        total = jnp.sum(weights, axis=2)
-        weighted = jnp.sum(weights * kv_rows, axis=2)
-        value = jnp.where(total == 0, 0, weighted / jnp.where(total == 0, 1, total))
+        value = softmax_mean(kv_rows, score_rows)
     else:
         # The prefix before the step, and after each new row.
         before = read(kv, score, first_position - 1)
@@ -123,14 +119,23 @@ def paged_kv_compress(
 
         mean, lse = last_of(window, to_own)
         if overlap:
-            mean, lse = _merge(last_of(window - 1, to_next), (mean, lse))
+            mean, lse = merge(last_of(window - 1, to_next), (mean, lse))
         value = jnp.where(lse == -jnp.inf, 0, mean)
         kv, score = write(kv, score, means, lses)
     kv_comp = jnp.where(completed[..., None], value, 0).astype(out_dtype)
     return kv_comp, kv.reshape(state_shape), score.reshape(state_shape)
 
 
-def _merge(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+def softmax_mean(kv: Array, score: Array) -> Array:
+    """softmax(score) . kv over the last axis but one; 0 where every score is -inf."""
+    highest = jnp.max(score, axis=-2, keepdims=True)
+    weights = jnp.exp(score - jnp.where(highest == -jnp.inf, 0, highest))
+    total = jnp.sum(weights, axis=-2)
+    weighted = jnp.sum(weights * kv, axis=-2)
+    return jnp.where(total == 0, 0, weighted / jnp.where(total == 0, 1, total))
+
+
+def merge(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
     """(mean, lse) of the rows of both: ``merge`` in ``ffi/prefix.h``, which says why so."""
     (a_mean, a_lse), (b_mean, b_lse) = a, b
     difference = b_lse - a_lse
@@ -158,7 +163,7 @@ def _scan_prefixes(
         row, exists, starts = xs
         mean, lse = carry
         carry = jnp.where(starts[:, None], 0, mean), jnp.where(starts[:, None], -jnp.inf, lse)
-        merged = _merge(carry, row)
+        merged = merge(carry, row)
         carry = tuple(
             jnp.where(exists[:, None], new, old) for new, old in zip(merged, carry, strict=True)
         )

@@ -20,6 +20,15 @@ class Pool(NamedTuple):
         """(page, slot) of each of ``positions`` [B, rows] in ``tables`` [B, max_pages]."""
         logical = positions // self.page_size
         page = jnp.take_along_axis(tables, logical, axis=1, mode="fill", fill_value=-1)
+        return self._rows_on(page, positions)
+
+    def find_rows_of(self, tables: Array, requests: Array, positions: Array) -> tuple[Array, Array]:
+        """The same of ``positions``, each of one of ``requests``, which are of their shape."""
+        logical = positions // self.page_size
+        page = tables.at[requests, logical].get(mode="fill", fill_value=-1)
+        return self._rows_on(page, positions)
+
+    def _rows_on(self, page: Array, positions: Array) -> tuple[Array, Array]:
         exists = (positions >= 0) & (page >= 0) & (page < self.num_pages)
         return jnp.where(exists, self.first_page + page, self.nowhere), positions % self.page_size
 
