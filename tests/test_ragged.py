@@ -222,13 +222,16 @@ def test_a_step_reads_what_the_rule_says(state_format, ratio, overlap):
 @pytest.mark.parametrize(("ratio", "overlap"), [(4, True), (2, False), (128, False)])
 def test_the_rule_without_a_loop_is_the_rule(ratio, overlap, state_format):
     kind = {"ratio": ratio, "overlap": overlap, "state_format": state_format}
-    limit = {4: 21, 2: 13, 128: 400}[ratio]
-    lengths = range(1, limit) if ratio < 128 else [1, 2, 127, 128, 129, 200, 255, 256, 257, 399]
+    lengths = {4: range(1, 18), 2: range(1, 12), 128: [1, 2, 127, 128, 129, 255, 256, 257, 399]}[
+        ratio
+    ]
+    rule_at = jax.jit(is_stored, static_argnames=(*kind, "max_rewind", "resume_every"))
+    positions = np.arange(max(lengths))
     rewinds = (0, 1, 3, ratio - 1, ratio, ratio + 1, 2 * ratio + 1, INT32_MAX)
     for k, e in itertools.product(dict.fromkeys(rewinds), (None, 1, 3, ratio, 7, 96, INT32_MAX)):
         for length in lengths:
-            got = is_stored(
-                np.arange(length),
+            got = rule_at(
+                positions,
                 np.int32(length),
                 **kind,
                 max_rewind=k,
@@ -236,7 +239,7 @@ def test_the_rule_without_a_loop_is_the_rule(ratio, overlap, state_format):
             )
             for start in {0, length // 2, length - 1}:
                 want = oracle.rows_stored(start, length, (min(k, length), e), **kind)
-                assert set(np.flatnonzero(got)) - set(range(start)) == want, (k, e, length)
+                assert set(np.flatnonzero(got[start:length]) + start) == want, (k, e, length)
 
 
 @pytest.mark.parametrize("rule", (1, 2), ids=("live", "live, resume"))
@@ -258,7 +261,7 @@ def test_what_is_stored_is_enough(sizes, implementation, state_format, rule):
         for b in range(sizes.batch):
             if rule.resume_every is not None and rng.random() < 0.2:
                 multiple = rule.resume_every * rng.integers(lengths[b] // rule.resume_every + 1)
-                starts[b], floors[b] = multiple, 0
+                starts[b] = floors[b] = lengths[b] = multiple
                 resumed += multiple > 0
                 for p in range(multiple, sizes.max_len):  # a request that shares what is before it
                     page, slot = divmod(p, sizes.page_size)
@@ -273,7 +276,7 @@ def test_what_is_stored_is_enough(sizes, implementation, state_format, rule):
         batch.kv_score[: n.sum()] = np.concatenate(rows)
         ragged_batches._lay_out(batch, n, starts)
         got = run(batch, sizes.kind, DTYPES, state_format, rule, implementation)
-        batch.kv, batch.score = got.kv, got.score
+        batch.kv, batch.score = got.kv.copy(), got.score.copy()
         for (b, window), value in values_by_window(sizes, batch, got.kv_comp).items():
             check_close(value, want[b][window])
             compared += 1
@@ -325,7 +328,7 @@ def test_live_rows_need_no_page_for_what_is_not_stored(sizes, implementation, st
 @in_formats
 @by_both
 def test_live_rows_need_no_pool(implementation, state_format):
-    """New rows count in a pool without pages, and where tables are empty; with "all" they do not."""
+    """New rows count where the pool or the tables are empty; with "all" they do not."""
     sizes = SMALL[0]
     batch = make_batch(sizes, DTYPES, "one_long", 2)
     ragged_batches._lay_out(batch, np.diff(batch.cu_q_lens), np.zeros(sizes.batch, int))
@@ -336,7 +339,7 @@ def test_live_rows_need_no_pool(implementation, state_format):
     tables = {"kv_tables": batch.kv_tables[:, :0], "score_tables": batch.score_tables[:, :0]}
     for nowhere in (no_pages, dataclasses.replace(batch, **tables)):
         got = run(nowhere, *options, live(max_rewind=0), implementation)
-        np.testing.assert_array_equal(got.kv_comp, want)
+        check_close(got.kv_comp, want)
         check_same_bits(got.kv, nowhere.kv)
         got = run(nowhere, *options, "all", implementation)
         np.testing.assert_array_equal(got.kv_comp, 0)
@@ -476,7 +479,7 @@ def test_ragged_windows_are_those_that_end_in_the_new_rows(ratio, overlap):
             want[1, first : first + len(windows)] = windows
             total += len(windows)
         np.testing.assert_array_equal(np.stack(got), want)
-    assert total > 200
+    assert total > 100
     request, window = ragged_windows([0, 4], [4], num_rows=4, compress_ratio=4)
     assert (request.tolist(), window.tolist()) == ([0, -1], [0, -1])
 
