@@ -48,12 +48,11 @@ def rule_of(sizes, index):
 @of_small
 def test_random_batches_agree_with_float64(sizes, state_format, rule, regime):
     rule = rule_of(sizes, rule)
-    for seed in range(3):
-        batch = make_batch(sizes, DTYPES, regime, seed)
-        want = expected(batch, sizes.kind, state_format, rule)
-        for implementation in IMPLEMENTATIONS:
-            got = run(batch, sizes.kind, DTYPES, state_format, rule, implementation)
-            check(got, want, batch, state_format)
+    batch = make_batch(sizes, DTYPES, regime, 0)
+    want = expected(batch, sizes.kind, state_format, rule)
+    for implementation in IMPLEMENTATIONS:
+        got = run(batch, sizes.kind, DTYPES, state_format, rule, implementation)
+        check(got, want, batch, state_format)
 
 
 @pytest.mark.parametrize("dtypes", _config.DTYPES, ids=str)

@@ -70,13 +70,15 @@ def quickly(call, **options):
 
 
 def check_reference(got, want):
-    """Records may be a step of their format apart where sums are of another order."""
+    """Records may be a step of their format apart, and scales by amax's last bits."""
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         x, y = np.asarray(x), np.asarray(y)
         if x.dtype == np.uint8:
-            assert np.sum(x != y) <= 2 + 1e-3 * np.sum(y != 0xA5)
+            assert np.sum(x != y) <= 2 + 4e-3 * np.sum(y != 0xA5)
         else:
-            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+            tolerance = 1e-5 if x.dtype == np.float32 else 2**-7
+            x, y = x.astype(np.float32), y.astype(np.float32)
+            np.testing.assert_allclose(x, y, rtol=tolerance, atol=1e-5)
 
 
 def by_parts(rows, c, cache, tables, lens, cu, store_rows, implementation):
@@ -313,7 +315,7 @@ def test_vmap_of_the_reference_is_a_loop(operation):
     call = functools.partial(CALLS[operation], implementation="xla")
     got, alone = quickly(jax.vmap(call))(*operands), quickly(call)
     for i, own in enumerate(made):
-        check_equal(jax.tree.map(lambda x, i=i: np.asarray(x)[i], got), alone(*own))
+        check_reference(jax.tree.map(lambda x, i=i: x[i], got), alone(*own))
 
 
 @of_both
@@ -456,7 +458,6 @@ def test_platforms_without_a_kernel_get_the_reference(operation, platform):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_an_exported_call_serves_any_number_of_rows_and_requests(implementation):
-    """The reference, too, but for a record's bytes: they need a known number of windows."""
     compressor, (cache, tables) = make_compressor("main"), make_cache("main", "prefix")
     rows, batch = jax.export.symbolic_shape("rows, batch")
 
