@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "aligned.h"
 #include "cuda_error.cuh"
 #include "decode_records_call.h"
 #include "decode_records_launch.cuh"
@@ -13,19 +14,6 @@
 
 namespace jax_dsv4 {
 namespace {
-
-bool is_aligned(const DecodeRecordsCall& call) {
-  const DecodeRecordsParams& p = call.params;
-  const void* const vectors[] = {
-      p.kv, p.score, p.kv_score, p.ape, p.records.norm_weight, p.records.cos_sin};
-  uintptr_t addresses = 0;
-  for (const void* pointer : vectors) addresses |= reinterpret_cast<uintptr_t>(pointer);
-  // `kv_score` is at its column already.
-  const int64_t element = size_of(call.selection.kv_score);
-  return addresses % 16 == 0 && p.score_offset * element % 16 == 0 &&
-         p.row_size * element % 16 == 0 &&
-         reinterpret_cast<uintptr_t>(p.records.pool.data) % 4 == 0;
-}
 
 ffi::Error decode_records(cudaStream_t stream, ffi::RemainingArgs operands,
                           ffi::RemainingRets results, ffi::Dictionary attributes) {

@@ -13,22 +13,10 @@
 #include "config.h"
 #include "decode_records.cuh"
 #include "decode_records.h"
+#include "launch.cuh"
 #include "tuning.h"
 
 namespace jax_dsv4 {
-
-// What is compiled to run together: a layer's main compressor and its indexer's, of the same
-// dtypes.
-using MainKind = Kind<512, 4, true>;
-using IndexerKind = Kind<128, 4, true>;
-
-// Without clusters a chip runs the kernels that need none.
-inline bool has_clusters() {
-  int device = 0, has = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&has, cudaDevAttrClusterLaunch, device);
-  return has != 0;
-}
 
 // A CTA for each window, and others for the rows: for how many requests, and what they must be.
 template <class Kind>
@@ -115,21 +103,6 @@ bool visit_body(const DecodeRecordsCall& call, int64_t geometry, Visit&& visit) 
   return visit_raw_body<Config>(typename Geometries::List{}, call.params, geometry, visit);
 }
 
-template <class Kernel, class... Params>
-void launch_in_clusters(cudaStream_t stream, Kernel kernel, dim3 grid, int threads, int cluster,
-                        const Params&... params) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
-  cudaLaunchKernelEx(&config, kernel, params...);
-}
-
 template <class Body>
 typename Body::Params params_of(const DecodeRecordsCall& call) {
   return {call.params, RecordParams(call.params.records, call.format, Body::D)};
@@ -139,7 +112,6 @@ template <class Body>
 unsigned windows_of(const DecodeParams& p) {
   return Body::kHasWindows ? p.num_windows : 1;
 }
-inline constexpr int64_t kMaxGridX = 2147483647, kMaxGridYZ = 65535;
 
 template <class Body>
 bool fits_grid(const DecodeParams& p) {

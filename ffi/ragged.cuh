@@ -25,6 +25,7 @@
 #include "prefix.h"
 #include "ragged.h"
 #include "record.h"
+#include "record_maker.cuh"
 #include "tuning.h"
 #include "vector.cuh"
 
@@ -508,6 +509,10 @@ struct ValueTarget {
   }
 };
 
+// What becomes of values.
+template <bool kRecords>
+using ResultOf = std::conditional_t<kRecords, RecordParams, ValueTarget>;
+
 // ------------------------------------------------------------------------------ long windows
 
 // What follows from a configuration: a CTA reduces one window over a slice of kColumns channels, by
@@ -637,44 +642,119 @@ struct LongWindow {
 };
 
 // Grid: x = slots x slices, z = groups. The CTAs of a request's last slot also store the rows of
-// the window that it leaves open.
-template <class Config, StateFormat kFormat>
-__global__ void __launch_bounds__(LongTile<Config>::kThreads, LongTile<Config>::kMinCtas)
-    ragged_long_kernel(const __grid_constant__ RaggedParams p,
-                       const __grid_constant__ ValueTarget target) {
+// the window that it leaves open. A record is made by the first CTA of the slot's cluster, to which
+// the others send their values; or, if `slices_per_cta` is all of them, by one CTA after it went
+// through them.
+template <class Config, StateFormat kFormat, bool kRecords>
+struct RaggedLong {
   using Window = LongWindow<Config, kFormat>;
   using T = typename Window::T;
-  constexpr int R = Config::kRatio, D = Config::kHeadDim;
-  __shared__ typename Window::SharedPlan smem;
-  const int32_t slot = blockIdx.x / T::kSlices;
-  const int slice_column = blockIdx.x % T::kSlices * T::kColumns;
-  const uint32_t group = blockIdx.z;
-  const Owner owner = find_owner<Config>(p, group, slot);
-  const int lane_column = threadIdx.x % T::kLanes * kRaggedVector;
-  const typename Window::Rows rows(p, group, owner, slice_column + lane_column);
-  const int64_t out = (int64_t{group} * p.num_windows + slot) * D + slice_column;
-  const int32_t own_slot = first_slot<Config>(owner.index, owner.begin);
-  int32_t window = rows.r.first_window + slot - own_slot;
-  const int32_t end_window = rows.r.end_window;
-  const bool is_last = slot + 1 == first_slot<Config>(owner.index + 1, owner.end);
-  const bool has_end = is_last && end_window * R < rows.length && rows.may_store(end_window);
-  if (window >= end_window) {
-    if (threadIdx.x < T::kLanes) target.store_four(out + lane_column, {});
-    if (!has_end) return;
-    window = end_window;
-  }
+  using Rows = typename Window::Rows;
+  static constexpr int R = Config::kRatio, D = Config::kHeadDim;
+  static constexpr int kThreads = T::kThreads, kMinCtas = T::kMinCtas;
+  using Plan = RecordPlan<D>;
+  static_assert(!kRecords || (T::kSlices <= 8 && Plan::kThreads <= kThreads),
+                "a cluster has at most 8 CTAs on every chip, and a record D / 4 threads");
+
+  struct Params : RaggedParams {
+    ResultOf<kRecords> result;
+    int32_t slices_per_cta;  // 1, or kSlices: then there are no clusters
+
+    Params(const RaggedParams& p, const ResultOf<kRecords>& result, int32_t slices_per_cta)
+        : RaggedParams(p), result(result), slices_per_cta(slices_per_cta) {}
+    int64_t num_ctas() const { return int64_t{num_windows} * (T::kSlices / slices_per_cta); }
+    int cluster() const { return kRecords && slices_per_cta == 1 ? T::kSlices : 1; }
+  };
+  struct ValuePlan {
+    typename Window::SharedPlan window;
+  };
+  struct RecordsPlan : ValuePlan {
+    Plan record;
+  };
+  using SharedPlan = std::conditional_t<kRecords, RecordsPlan, ValuePlan>;
+
+  static __device__ __forceinline__ void run(const Params& p, SharedPlan& smem, uint32_t block) {
+    const uint32_t group = blockIdx.z;
+    const bool is_alone = kRecords && p.slices_per_cta != 1;
+    const int32_t slot = is_alone ? block : block / T::kSlices;
+    const Owner owner = find_owner<Config>(p, group, slot);
+    const int32_t own_slot = first_slot<Config>(owner.index, owner.begin);
+    const bool is_last = slot + 1 == first_slot<Config>(owner.index + 1, owner.end);
 #pragma unroll 1
-  for (;; window = end_window) {
-    Window part(smem, rows);
-    part.add_rows(window);
-    if (window == end_window) return;
-    merge_row_groups<T>(
-        smem.partials, part.partial, part.row_group, [] { __syncthreads(); },
-        [&](int c, float value) { target.store_one(out + c, value); });
-    if (!has_end) return;
-    __syncthreads();  // all reads, before the next window's partial results
+    for (int slice = is_alone ? 0 : block % T::kSlices;;) {
+      const int slice_column = slice * T::kColumns;
+      const Rows rows(p, group, owner, slice_column + threadIdx.x % T::kLanes * kRaggedVector);
+      const int32_t end = rows.r.end_window;
+      const bool has_end = is_last && end * R < rows.length && rows.may_store(end);
+      const int64_t out = (int64_t{group} * p.num_windows + slot) * D + slice_column;
+      int32_t window = rows.r.first_window + slot - own_slot;
+      if (window >= end) {
+        window = end;
+        if constexpr (!kRecords) {
+          if (threadIdx.x < T::kLanes) {
+            p.result.store_four(out + threadIdx.x * kRaggedVector, {});
+          }
+        }
+      }
+#pragma unroll 1
+      for (; window < end || has_end; window = end) {
+        const bool is_maker = kRecords && window < end && threadIdx.x < kRecordThreads &&
+                              slice == (is_alone ? T::kSlices - 1 : 0);
+        if constexpr (kRecords) {
+          if (is_maker) maker_of(p, smem).start(group, owner.index, window, uint32_t{R} * window);
+          if (window < end && !is_alone) {
+            if (slice == 0 && threadIdx.x == 0) {
+              expect_bytes(&smem.record.barrier, sizeof(smem.record.value));
+            }
+            __syncwarp();
+            arrive_at_cluster();
+          }
+        }
+        Window part(smem.window, rows);
+        part.add_rows(window);
+        if (window == end) break;
+        const auto wait = [&] {
+          __syncthreads();
+          if (kRecords && !is_alone) wait_for_cluster();
+        };
+        const uint32_t first_rank = kRecords ? rank_in_cluster() - slice : 0;
+        merge_row_groups<T>(smem.window.partials, part.partial, part.row_group, wait,
+                            [&](int c, float value) {
+                              if constexpr (kRecords) {
+                                float* const to = &smem.record.value[slice_column + c];
+                                if (is_alone) {
+                                  *to = value;
+                                } else {
+                                  send(to, value, &smem.record.barrier, first_rank);
+                                }
+                              } else {
+                                p.result.store_one(out + c, value);
+                              }
+                            });
+        if constexpr (kRecords) {
+          if (is_alone) __syncthreads();  // the value, before it is read
+          if (is_maker) {
+            auto maker = maker_of(p, smem);
+            const auto ready = maker.prepare(group, window);
+            if (!is_alone) wait_for_bytes(&smem.record.barrier);
+            maker.stage.take_value(smem.record.value);
+            maker.finish(ready);
+          }
+        }
+        if (!has_end) break;
+        __syncthreads();  // all reads, before the shared memory takes another window's
+      }
+      if (!is_alone || ++slice == T::kSlices) return;
+      __syncthreads();  // as above
+    }
   }
-}
+
+ private:
+  static constexpr int kRecordThreads = Plan::kThreads;
+  static __device__ __forceinline__ RecordMaker<D> maker_of(const Params& p, SharedPlan& smem) {
+    return RecordMaker<D>(p.result, smem.record, threadIdx.x);
+  }
+};
 
 // ----------------------------------------------------------------------------- short windows
 
@@ -690,35 +770,20 @@ struct ShortTile {
   static constexpr int kOwn = kHalves - 1;  // the half that a window adds to its own value
   using Stage =
       StagedRows<typename Config::KvScore, Config::kRatio * kHalves, kThreads>;  // of a window
-  static constexpr int kStages = std::clamp<int>(kStageBytes / sizeof(Stage), 1, 4);
-  static constexpr int kMinCtas = 4;
   static_assert(kLanes % 32 == 0, "whole warps look for the request of a slot");
 };
 
-struct RaggedShortParams : RaggedParams {
-  ValueTarget target;
-  int32_t slots_per_walker;
-
-  RaggedShortParams(const RaggedParams& p, const ValueTarget& target, int32_t slots_per_walker)
-      : RaggedParams(p), target(target), slots_per_walker(slots_per_walker) {}
-  JAX_DSV4_HD uint32_t num_walkers() const {
-    return (num_windows + slots_per_walker - 1) / slots_per_walker;
-  }
-};
-
 // The neighbouring windows of one request that a walker has, in one thread's channels.
-template <class Config, StateFormat kFormat>
+template <class Config, StateFormat kFormat, int kStages>
 struct ShortWindows {
   using T = ShortTile<Config>;
   using Rows = RaggedRows<Config, kFormat>;
   using Own = Neighbours<Rows, Config::kRatio>;
   static constexpr int R = Config::kRatio, kVector = kRaggedVector, kOwn = T::kOwn;
 
-  struct SharedPlan {
-    typename T::Stage stages[T::kStages];
-  };
+  using Stages = typename T::Stage[kStages];
 
-  SharedPlan& smem;
+  Stages& stages;
   const Rows& rows;
   // Windows first <= w < end are completed here. Where windows overlap, the one before them is
   // needed, too; and if `has_end`, the rows of the one after them are stored.
@@ -738,7 +803,7 @@ struct ShortWindows {
   // Starts copies of its new rows, if there is such a window.
   __device__ __forceinline__ void stage(int32_t window, int number) const {
     if (window < end_unit()) {
-      auto& to = smem.stages[number];
+      auto& to = stages[number];
       const int32_t base = window * R;
       const auto* const kv = rows.new_kv(base, 0);
       const bool is_whole = rows.is_whole(window);
@@ -755,21 +820,23 @@ struct ShortWindows {
     commit_copies();
   }
 
-  // Calls emit(window, value) for each completed one.
-  template <class Emit>
-  __device__ __forceinline__ void run(Emit&& emit) const {
+  // For each window: has = start(whether it is completed here, window), early, and if it is,
+  // emit(has, window, value).
+  template <class Start, class Emit>
+  __device__ __forceinline__ void run(Start&& start, Emit&& emit) const {
     Partial<kVector> before;  // what the last window adds to this one's value
     const int32_t begin = first_unit(), stop = end_unit();
 #pragma unroll 1
-    for (int i = 0; i < T::kStages - 1; ++i) stage(begin + i, i);
+    for (int i = 0; i < kStages - 1; ++i) stage(begin + i, i);
     int number = 0;  // of the stage
 #pragma unroll 1
     for (int32_t window = begin; window < stop; ++window) {
-      stage(window + T::kStages - 1, number == 0 ? T::kStages - 1 : number - 1);
+      stage(window + kStages - 1, number == 0 ? kStages - 1 : number - 1);
       const bool has_own = window >= first && window < end;
       const bool has_next = Config::kOverlap && window + 1 < end;
+      const auto has = start(has_own, window);
       const auto fetch = [&](int half) {
-        return [&, half](int j, bool) { return smem.stages[number][half * R + j]; };
+        return [&, half](int j, bool) { return stages[number][half * R + j]; };
       };
       const bool may_store = window >= first && rows.may_store(window);
       Own own(rows, window * R);
@@ -777,11 +844,11 @@ struct ShortWindows {
       const uint32_t stored = may_store ? own.stored() : 0;
       if (__builtin_expect(rows.is_whole(window) && own.is_simple(may_store || rows.p.rule.all),
                            1)) {
-        wait_for_copies<T::kStages - 1>();
+        wait_for_copies<kStages - 1>();
         if (has_own) {
           Partial<kVector> partial = before;
           add_whole(fetch(kOwn), kOwn, stored, own.first, partial);
-          emit(window, jax_dsv4::value_of(partial));
+          emit(has, window, jax_dsv4::value_of(partial));
         }
         if (has_next || (Config::kOverlap && stored != 0)) {
           before = {};
@@ -789,7 +856,7 @@ struct ShortWindows {
         }
       } else {
         const uint32_t counted = own.counted();
-        wait_for_copies<T::kStages - 1>();
+        wait_for_copies<kStages - 1>();
 #pragma unroll 1
         for (int half = kOwn; half >= 0; --half) {
           const bool is_for_value = half == kOwn && has_own;
@@ -811,11 +878,11 @@ struct ShortWindows {
           if constexpr (kFormat == StateFormat::kPrefix) {
             if (stored != 0) own.store_prefixes(fetch(half), half, counted, stored, open);
           }
-          if (is_for_value) emit(window, jax_dsv4::value_of(partial));
+          if (is_for_value) emit(has, window, jax_dsv4::value_of(partial));
           if (is_for_next) before = partial;
         }
       }
-      if (++number == T::kStages) number = 0;
+      if (++number == kStages) number = 0;
     }
     wait_for_copies<0>();  // before the stages take other windows
   }
@@ -834,40 +901,112 @@ struct ShortWindows {
 
 // Grid: x = walkers, kWalkers at once; z = groups. The walker of a request's last slot also stores
 // the rows of the window that it leaves open.
-template <class Config, StateFormat kFormat>
-__global__ void __launch_bounds__(ShortTile<Config>::kThreads, ShortTile<Config>::kMinCtas)
-    ragged_short_kernel(const __grid_constant__ RaggedShortParams p) {
-  using Windows = ShortWindows<Config, kFormat>;
-  using T = typename Windows::T;
-  constexpr int R = Config::kRatio, D = Config::kHeadDim;
-  __shared__ typename Windows::SharedPlan smem;
-  const uint32_t group = blockIdx.z;
-  const uint32_t walker = blockIdx.x * T::kWalkers + threadIdx.x / T::kLanes;
-  const int column = threadIdx.x % T::kLanes * kRaggedVector;
-  const int32_t end_slot =
-      min(p.num_windows, static_cast<int32_t>(walker + 1) * p.slots_per_walker);
-#pragma unroll 1
-  for (int32_t slot = walker * p.slots_per_walker; slot < end_slot;) {  // none of some walkers
-    const Owner owner = find_owner<Config>(p, group, slot);
-    const typename Windows::Rows rows(p, group, owner, column);
-    const int32_t own_slot = first_slot<Config>(owner.index, owner.begin);
-    const int32_t next_slot =
-        owner.index < 0 ? slot + 1 : first_slot<Config>(owner.index + 1, owner.end);
-    const int32_t next = min(next_slot, end_slot);
-    const int32_t end_window = rows.r.end_window;
-    const int32_t first = min(rows.r.first_window + slot - own_slot, end_window);
-    const int32_t end = min(first + next - slot, end_window);
-    const bool has_end =
-        next == next_slot && end_window * R < rows.length && rows.may_store(end_window);
-    const int64_t out = (int64_t{group} * p.num_windows + slot) * D + column;
-    Windows{smem, rows, first, end, has_end}.run(
-        [&](int32_t window, const Vector<float, kRaggedVector>& value) {
-          p.target.store_four(out + int64_t{window - first} * D, value);
-        });
-#pragma unroll 1
-    for (slot += end - first; slot < next; ++slot) {
-      p.target.store_four((int64_t{group} * p.num_windows + slot) * D + column, {});
+template <class Config, StateFormat kFormat, bool kRecords>
+struct RaggedShort {
+  using T = ShortTile<Config>;
+  // Of so many windows the new rows are on their way.
+  static constexpr int kStages =
+      std::clamp<int>((kRecords ? 40 * 1024 : 48 * 1024) / sizeof(typename T::Stage), 1, 4);
+  using Windows = ShortWindows<Config, kFormat, kStages>;
+  using Rows = typename Windows::Rows;
+  static constexpr int R = Config::kRatio, D = Config::kHeadDim;
+  static constexpr int kThreads = T::kThreads, kMinCtas = kRecords ? 3 : 4;
+  using Exchange = RecordExchange<D>;
+
+  struct Params : RaggedParams {
+    ResultOf<kRecords> result;
+    int32_t slots_per_walker;
+
+    Params(const RaggedParams& p, const ResultOf<kRecords>& result, int32_t slots_per_walker)
+        : RaggedParams(p), result(result), slots_per_walker(slots_per_walker) {}
+    int64_t num_ctas() const {
+      const int64_t slots = int64_t{slots_per_walker} * T::kWalkers;  // of a CTA
+      return (num_windows + slots - 1) / slots;
     }
+    int cluster() const { return 1; }
+  };
+  struct ValuePlan {
+    typename Windows::Stages stages;
+  };
+  struct RecordsPlan : ValuePlan {
+    Exchange records[T::kWalkers];
+  };
+  using SharedPlan = std::conditional_t<kRecords, RecordsPlan, ValuePlan>;
+
+  static __device__ __forceinline__ void run(const Params& p, SharedPlan& smem, uint32_t block) {
+    const uint32_t group = blockIdx.z;
+    const int in_cta = threadIdx.x / T::kLanes, lane = threadIdx.x % T::kLanes;
+    const uint32_t walker = block * T::kWalkers + in_cta;
+    const int column = lane * kRaggedVector;
+    const int32_t end_slot = static_cast<int32_t>(
+        min(int64_t{p.num_windows}, (int64_t{walker} + 1) * p.slots_per_walker));
+#pragma unroll 1
+    for (int64_t from = int64_t{walker} * p.slots_per_walker; from < end_slot;) {
+      const auto slot = static_cast<int32_t>(from);
+      const Owner owner = find_owner<Config>(p, group, slot);
+      const Rows rows(p, group, owner, column);
+      const int32_t own_slot = first_slot<Config>(owner.index, owner.begin);
+      const int32_t next_slot =
+          owner.index < 0 ? slot + 1 : first_slot<Config>(owner.index + 1, owner.end);
+      const int32_t next = min(next_slot, end_slot);
+      const int32_t end_window = rows.r.end_window;
+      const int32_t first = min(rows.r.first_window + slot - own_slot, end_window);
+      const int32_t end = min(first + next - slot, end_window);
+      const bool has_end =
+          next == next_slot && end_window * R < rows.length && rows.may_store(end_window);
+      const Windows windows{smem.stages, rows, first, end, has_end};
+      if constexpr (kRecords) {
+        RecordMaker<D, Exchange> maker(p.result, smem.records[in_cta], lane);
+        windows.run(
+            [&](bool wanted, int32_t window) {
+              return maker.load_all(wanted, group, owner.index, window,
+                                    static_cast<uint32_t>(window) * R);
+            },
+            [&](const auto& loaded, int32_t window, const Vector<float, kRaggedVector>& value) {
+#pragma unroll
+              for (int v = 0; v < kRaggedVector; ++v) maker.stage.x[0][v] = value.x[v];
+              maker.finish(maker.take(loaded, group, window));
+            });
+      } else {
+        const int64_t out = (int64_t{group} * p.num_windows + slot) * D + column;
+        windows.run([](bool, int32_t) { return 0; },
+                    [&](int, int32_t window, const Vector<float, kRaggedVector>& value) {
+                      p.result.store_four(out + int64_t{window - first} * D, value);
+                    });
+#pragma unroll 1
+        for (int32_t empty = slot + end - first; empty < next; ++empty) {
+          p.result.store_four((int64_t{group} * p.num_windows + empty) * D + column, {});
+        }
+      }
+      from = next;
+    }
+  }
+};
+
+// -------------------------------------------------------------------------------- the kernels
+
+template <class Body>
+__global__ void __launch_bounds__(Body::kThreads, Body::kMinCtas)
+    ragged_kernel(const __grid_constant__ typename Body::Params p) {
+  __shared__ typename Body::SharedPlan smem;
+  Body::run(p, smem, blockIdx.x);
+}
+
+// Two compressors of the same requests. The first CTAs are the first one's.
+template <class First, class Second>
+__global__ void __launch_bounds__(std::max(First::kThreads, Second::kThreads),
+                                  std::min(First::kMinCtas, Second::kMinCtas))
+    ragged_two_kernel(const __grid_constant__ typename First::Params first,
+                      const __grid_constant__ typename Second::Params second, uint32_t first_ctas) {
+  __shared__ union {
+    typename First::SharedPlan first;
+    typename Second::SharedPlan second;
+  } smem;
+  static_assert(First::kThreads == Second::kThreads, "two that run together: as many threads");
+  if (blockIdx.x < first_ctas) {
+    First::run(first, smem.first, blockIdx.x);
+  } else {
+    Second::run(second, smem.second, blockIdx.x - first_ctas);
   }
 }
 

@@ -1,88 +1,184 @@
-// From checked operands of a ragged batch to a kernel on a stream. No XLA types: benchmarks and the
-// fuzz launch the same.
+// From the checked operands of a ragged batch to a kernel on a stream, or to one for each
+// compressor where these are not a pair that is compiled together. No XLA types: the benchmark and
+// the fuzz launch the same.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 
 #include "config.h"
+#include "launch.cuh"
 #include "ragged.cuh"
 #include "ragged.h"
+#include "ragged_records.h"
 #include "tuning.h"
 
 namespace jax_dsv4 {
 
-template <class Config, StateFormat kFormat>
-const char* launch_ragged_format(cudaStream_t stream, const RaggedParams& p,
-                                 const ValueTarget& target, int64_t geometry) {
-  constexpr int64_t kMaxGridX = 2147483647, kMaxGridZ = 65535;
-  constexpr const char* kTooMany =
-      "kv_score, cu_q_lens: too many rows, requests or groups for one launch";
-  constexpr int64_t kMostSlots = 1024;
-  constexpr const char* kWrongGeometry =
-      "geometry: expected -1, or 0 for long windows, or 1 to 1024 slots of a walker for short ones";
-  if (p.num_groups > kMaxGridZ) return kTooMany;
+inline constexpr const char* kTooManyRows =
+    "kv_score, cu_q_lens: too many rows, requests or groups for one launch";
+inline constexpr const char* kWrongRaggedGeometry =
+    "geometry: expected -1, or 0 for long windows, or 1 to 1024 slots of a walker for short ones";
+
+// Calls visit(Body, params) for the kernel of a call; `geometry`: so many slots of a walker for
+// short windows, or our choice where it is negative. Returns what is wrong, or what `visit`
+// returns.
+template <class Config, StateFormat kFormat, bool kRecords, class Visit>
+const char* visit_ragged_body(const RaggedParams& p, const ResultOf<kRecords>& result,
+                              int64_t geometry, Visit&& visit) {
   if constexpr (Config::kReducedRows > 32) {
-    using T = LongTile<Config>;
-    if (geometry > 0) return kWrongGeometry;
-    const int64_t ctas = int64_t{p.num_windows} * T::kSlices;
-    if (ctas > kMaxGridX) return kTooMany;
-    if (ctas == 0) return nullptr;
-    const dim3 grid(static_cast<unsigned>(ctas), 1, p.num_groups);
-    ragged_long_kernel<Config, kFormat><<<grid, T::kThreads, 0, stream>>>(p, target);
-    return nullptr;
+    using Body = RaggedLong<Config, kFormat, kRecords>;
+    if (geometry > 0) return kWrongRaggedGeometry;
+    const bool has_clusters = !kRecords || Body::T::kSlices == 1 || jax_dsv4::has_clusters();
+    return visit(Body{}, typename Body::Params(p, result, has_clusters ? 1 : Body::T::kSlices));
   } else {
-    using T = ShortTile<Config>;
-    const int64_t slots = int64_t{p.num_windows} * p.num_groups;
-    int64_t per_walker = geometry;
+    using Body = RaggedShort<Config, kFormat, kRecords>;
     if (geometry < 0) {
-      const int64_t threads = slots * T::kLanes;
-      per_walker = std::clamp<int64_t>((threads + kRaggedWalkerThreads - 1) / kRaggedWalkerThreads,
-                                       1, kMostSlotsPerWalker);
+      const int64_t threads = int64_t{p.num_groups} * p.num_windows * Body::T::kLanes;
+      geometry = std::clamp<int64_t>((threads + kRaggedWalkerThreads - 1) / kRaggedWalkerThreads, 1,
+                                     kMostSlotsPerWalker);
     }
-    if (per_walker < 1 || per_walker > kMostSlots) return kWrongGeometry;
-    const RaggedShortParams params(p, target, static_cast<int32_t>(per_walker));
-    const int64_t ctas = (int64_t{params.num_walkers()} + T::kWalkers - 1) / T::kWalkers;
-    if (ctas > kMaxGridX) return kTooMany;
-    if (ctas == 0) return nullptr;
-    const dim3 grid(static_cast<unsigned>(ctas), 1, p.num_groups);
-    ragged_short_kernel<Config, kFormat><<<grid, T::kThreads, 0, stream>>>(params);
-    return nullptr;
+    if (geometry < 1 || geometry > 1024) return kWrongRaggedGeometry;
+    return visit(Body{}, typename Body::Params(p, result, static_cast<int32_t>(geometry)));
   }
 }
 
+template <class Config, bool kRecords, class Visit>
+const char* visit_ragged_format(const RaggedParams& p, StateFormat format,
+                                const ResultOf<kRecords>& result, int64_t geometry, Visit&& visit) {
+  if constexpr (may_hold(kDTypeOf<typename Config::State>, StateFormat::kPrefix)) {
+    if (format == StateFormat::kPrefix) {
+      return visit_ragged_body<Config, StateFormat::kPrefix, kRecords>(p, result, geometry, visit);
+    }
+  }
+  return visit_ragged_body<Config, StateFormat::kRaw, kRecords>(p, result, geometry, visit);
+}
+
+inline const char* problem_of_grid(const RaggedParams& p, int64_t ctas) {
+  return ctas > kMaxGridX || p.num_groups > kMaxGridYZ ? kTooManyRows : nullptr;
+}
+
+template <class Body>
+const char* launch_ragged_body(cudaStream_t stream, const typename Body::Params& params) {
+  const int64_t ctas = params.num_ctas();
+  if (const char* problem = problem_of_grid(params, ctas)) return problem;
+  if (ctas == 0) return nullptr;
+  const dim3 grid(static_cast<unsigned>(ctas), 1, params.num_groups);
+  launch_in_clusters(stream, ragged_kernel<Body>, grid, Body::kThreads, params.cluster(), params);
+  return nullptr;
+}
+
+// Launches a batch that ends in values.
 template <class Config>
 const char* launch_ragged(cudaStream_t stream, const RaggedParams& p, StateFormat format,
                           const ValueTarget& target, int64_t geometry) {
-  if constexpr (may_hold(kDTypeOf<typename Config::State>, StateFormat::kPrefix)) {
-    if (format == StateFormat::kPrefix) {
-      return launch_ragged_format<Config, StateFormat::kPrefix>(stream, p, target, geometry);
-    }
-  }
-  return launch_ragged_format<Config, StateFormat::kRaw>(stream, p, target, geometry);
+  return visit_ragged_format<Config, false>(
+      p, format, target, geometry, [&](auto body, const auto& params) {
+        return launch_ragged_body<decltype(body)>(stream, params);
+      });
 }
 
-// Launches a batch; `geometry`: so many workers for long windows, slots of a walker for short ones,
-// or our choice where it is negative. Returns what is wrong with the call, or null: launch errors
-// proper are left to cudaGetLastError.
-inline const char* launch_ragged(cudaStream_t stream, const RaggedParams& p,
-                                 const Selection& selection, StateFormat format, int64_t geometry) {
-  const char* problem = "no compiled configuration";
-  const ValueTarget target = {p.kv_comp, selection.out == DType::kBF16};
+// Calls visit(Config) for a selection, whatever its kv_comp.
+template <class Visit>
+const char* visit_inner_config(const Selection& selection, Visit&& visit) {
   Selection inner = selection;
   inner.out = DType::kF32;
+  const char* problem = "no compiled configuration";
   visit_any(Kinds{}, [&](auto kind) {
     return inner.is_of(kind) && visit_any(InnerDTypesList{}, [&](auto types) {
              using Types = decltype(types);
              if (!is_of<Types>(inner)) return false;
-             problem =
-                 launch_ragged<Config<decltype(kind), Types>>(stream, p, format, target, geometry);
+             problem = visit(Config<decltype(kind), Types>{});
              return true;
            });
   });
   return problem;
+}
+
+// Returns what is wrong with the call, or null: launch errors proper are left to cudaGetLastError.
+inline const char* launch_ragged(cudaStream_t stream, const RaggedParams& p,
+                                 const Selection& selection, StateFormat format, int64_t geometry) {
+  const ValueTarget target = {p.kv_comp, selection.out == DType::kBF16};
+  return visit_inner_config(selection, [&](auto config) {
+    return launch_ragged<decltype(config)>(stream, p, format, target, geometry);
+  });
+}
+
+template <class Body>
+typename Body::Params ragged_params_of(const RaggedRecordsCall& call) {
+  return {call.params, RecordParams(call.params.records, call.format, Body::D), 1};
+}
+
+// A layer's main compressor and its indexer's in one launch, if they are such a pair.
+inline bool launch_ragged_pair(cudaStream_t stream, const RaggedRecordsCall& a,
+                               const RaggedRecordsCall& b) {
+  const bool main_is_first = a.selection.head_dim > b.selection.head_dim;
+  const RaggedRecordsCall &main = main_is_first ? a : b, &indexer = main_is_first ? b : a;
+  if (!main.selection.is_of(MainKind{}) || !indexer.selection.is_of(IndexerKind{}) ||
+      main.state_format != indexer.state_format) {
+    return false;
+  }
+  const auto records_of = [](const RaggedRecordsCall& call) {
+    return RecordParams(call.params.records, call.format, call.selection.head_dim);
+  };
+  return visit_any(InnerDTypesList{}, [&](auto types) {
+    using Types = decltype(types);
+    if (!is_of<Types>(main.selection) || !is_of<Types>(indexer.selection)) return false;
+    using Main = Config<MainKind, Types>;
+    using Indexer = Config<IndexerKind, Types>;
+    return visit_ragged_format<Indexer, true>(
+               indexer.params, indexer.state_format, records_of(indexer), -1,
+               [&](auto first, const auto& first_params) {
+                 return visit_ragged_format<Main, true>(
+                     main.params, main.state_format, records_of(main), -1,
+                     [&](auto second, const auto& second_params) -> const char* {
+                       using First = decltype(first);
+                       using Second = decltype(second);
+                       if constexpr (First::Rows::kFormat == Second::Rows::kFormat) {
+                         const int64_t first_ctas = first_params.num_ctas();
+                         const int64_t ctas = first_ctas + second_params.num_ctas();
+                         if (const char* problem = problem_of_grid(main.params, ctas)) {
+                           return problem;
+                         }
+                         if (ctas == 0) return nullptr;
+                         const dim3 grid(static_cast<unsigned>(ctas), 1, main.params.num_groups);
+                         launch_in_clusters(stream, ragged_two_kernel<First, Second>, grid,
+                                            First::kThreads, 1, first_params, second_params,
+                                            static_cast<uint32_t>(first_ctas));
+                       }
+                       return nullptr;
+                     });
+               }) == nullptr;
+  });
+}
+
+// Launches a batch that ends in records.
+inline const char* launch_ragged_records(cudaStream_t stream, const RaggedRecordsCall* calls,
+                                         size_t count, int64_t geometry) {
+  if (count == 2 && geometry < 0 && launch_ragged_pair(stream, calls[0], calls[1])) return nullptr;
+  const auto launch_each = [&](auto launch_one) {
+    const char* problem = nullptr;
+    for (size_t i = 0; i < count && problem == nullptr; ++i) {
+      const RaggedRecordsCall& call = calls[i];
+      problem = visit_inner_config(call.selection, [&](auto config) {
+        using C = decltype(config);
+        const RecordParams records(call.params.records, call.format, C::kHeadDim);
+        return visit_ragged_format<C, true>(call.params, call.state_format, records, geometry,
+                                            launch_one);
+      });
+    }
+    return problem;
+  };
+  // Whatever is wrong with one is known before another has stored anything.
+  const char* const problem = launch_each(
+      [](auto, const auto& params) { return problem_of_grid(params, params.num_ctas()); });
+  if (problem != nullptr) return problem;
+  return launch_each([&](auto body, const auto& params) {
+    return launch_ragged_body<decltype(body)>(stream, params);
+  });
 }
 
 }  // namespace jax_dsv4

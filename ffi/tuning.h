@@ -91,10 +91,8 @@ struct RecordGeometriesOf<Kind<kHeadDim, 128, false>> {
                         UpTo<kAnyChannels, Geometry<16, 128, 8, 1>>>;
 };
 
-// Of a ragged batch, short windows: shared memory for the new rows of a CTA's next windows; threads
-// that should be there before any of them walks more than one slot, and the most slots that one
-// walks.
-inline constexpr int kStageBytes = 48 * 1024;
+// Of a ragged batch, short windows: threads that should be there before any of them walks more than
+// one slot, and the most slots that one walks.
 inline constexpr int64_t kRaggedWalkerThreads = 132 * 512;
 inline constexpr int64_t kMostSlotsPerWalker = 32;
 

@@ -32,8 +32,7 @@ class Requests(NamedTuple):
 
     def owners(self, num_rows: int) -> Array:
         """The request that each row belongs to, if any: ``len(begin)`` behind the last one's."""
-        row = jnp.arange(num_rows, dtype=jnp.int32)
-        return jnp.searchsorted(self.end, row, side="right").astype(jnp.int32)
+        return _count_up_to(jnp.arange(num_rows, dtype=jnp.int32), self.end)
 
     def windows(self, num_rows: int, ratio: int) -> tuple[Array, Array]:
         """The request and the window of each row of ``kv_comp`` [T // R + B]; -1 for none."""
@@ -42,11 +41,16 @@ class Requests(NamedTuple):
         if batch == 0:
             return jnp.full_like(slot, -1), jnp.full_like(slot, -1)
         first_slot = self.begin // ratio + jnp.arange(batch, dtype=jnp.int32)
-        request = jnp.searchsorted(first_slot, slot, side="right").astype(jnp.int32) - 1
+        request = _count_up_to(slot, first_slot) - 1
         at = jnp.maximum(request, 0)
         window = self.start[at] // ratio + slot - first_slot[at]
         exists = (request >= 0) & (window < self.length[at] // ratio)
         return jnp.where(exists, request, -1), jnp.where(exists, window, -1)
+
+
+def _count_up_to(x: Array, others: Array) -> Array:
+    """How many of ``others`` are not above each of ``x``; also of symbolic numbers of them."""
+    return jnp.sum(others[None] <= x[:, None], axis=1, dtype=jnp.int32)
 
 
 def requests_of(cu_q_lens: Array, kv_lens: Array, num_seqs: Array, num_rows: int) -> Requests:
