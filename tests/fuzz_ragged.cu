@@ -194,6 +194,7 @@ void draw_shape(Case& c, Draw& draw) {
     c.row_size += c.column + 8 * draw.between(0, 3);
   }
   c.page_size = draw.one_of({1, 2, 3, 5, 8, 16, 20, 32, 64});
+  if (c.batch >= 30 && draw.chance(0.8)) c.page_size = draw.between(1, 5);  // in little memory
   c.all = draw.chance(0.45);
   c.max_rewind = draw.one_of<int64_t>({0, 1, 2, 3, 3, c.R(), draw.between(4, 200), INT32_MAX});
   c.resume_every = draw.one_of<int64_t>({0, 0, c.page_size, c.page_size * draw.between(1, 9),
@@ -280,6 +281,8 @@ void draw_rows(Case& c, int64_t most, Draw& draw) {
         entries[b] = bad_number(draw, c.num_rows);
       } else if (draw.chance(bad)) {
         entries[b] += draw.between(-20, 20);
+      } else if (bad > 0 && b % 32 == 31 && draw.chance(0.5)) {  // a warp loads 32 at a time
+        entries[b] += draw.between(1, 8);
       }
     }
   }
@@ -550,11 +553,12 @@ void draw_case(std::deque<Case>& cases, Draw& draw) {
       break;
     case Regime::kEmpty:
     case Regime::kBadEntries:
-      batch = draw.chance(0.35) ? draw.between(30, 70) : draw.between(3, 12);
+      batch = draw.chance(0.5) ? draw.between(30, 70) : draw.between(3, 12);
       break;
     default:
       batch = draw.chance(0.05) ? draw.between(32, 40) : draw.chance(0.02) ? 0 : draw.between(1, 9);
   }
+  if (batch >= 30) most = std::min<int64_t>(most, 20);
   for (;;) {
     cases.clear();
     Case& c = cases.emplace_back();
