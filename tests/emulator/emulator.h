@@ -492,13 +492,6 @@ void cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params.
   const std::tuple<Params...> params(arguments...);
   emulator::run(config->gridDim, config->blockDim.x, cluster, [&] { std::apply(kernel, params); });
 }
-namespace emulator {
-template <class... Params, class... Arguments>  // <<<grid, threads>>>
-void launch(void (*kernel)(Params...), dim3 grid, unsigned threads, const Arguments&... arguments) {
-  const std::tuple<Params...> params(arguments...);
-  run(grid, threads, 1, [&] { std::apply(kernel, params); });
-}
-}  // namespace emulator
 inline cudaError_t cudaGetLastError() { return emulator::problem.empty() ? 0 : cudaErrorUnknown; }
 inline const char* cudaGetErrorString(cudaError_t) { return emulator::problem.c_str(); }
 inline cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }

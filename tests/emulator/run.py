@@ -28,15 +28,13 @@ SHARED = (
     r"__shared__ (typename \w+::SharedPlan|union \{[^{}]*\}) smem;",
     r"using Shared = \1; auto& smem = emulator::shared<Shared>();",
 )
-LAUNCH = r"emulator::launch(\1, \2, \3, "
 # In a file, what of it stands in place of what, and how often.
 SUBSTITUTIONS = [
     ("decode_raw.cuh", *SHARED, 1),
     ("decode_prefix.cuh", *SHARED, 1),
     ("decode_records.cuh", *SHARED, 2),
     ("ragged.cuh", *SHARED, 2),
-    ("ragged_launch.cuh", r"(\w+<[^;{}]*?>)\s*<<<(\w+), ([\w:]+), 0, stream>>>\(", LAUNCH, 2),
-    ("decode_records.cuh", r'asm volatile\("" : "\+r"\(flags\), "\+f"\(eps\)\);', "", 1),
+    ("record_maker.cuh", r'asm volatile\("" : "\+r"\(flags\), "\+f"\(eps\)\);', "", 1),
     ("record_stage.cuh", r'asm\("rsqrt.*"\(x\)\);', "y = 1 / sqrtf(x);", 1),
     *((f"fuzz_{fuzz}.cu", *START, 1) for fuzz in CASES),
 ]
