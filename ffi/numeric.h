@@ -13,18 +13,28 @@
 
 namespace jax_dsv4 {
 
-JAX_DSV4_HD float to_f32(float x) { return x; }
+JAX_DSV4_HD uint32_t bits_of(float x) {
+#ifdef __CUDA_ARCH__
+  return __float_as_uint(x);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+#endif
+}
 
-JAX_DSV4_HD float to_f32(bf16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+JAX_DSV4_HD float float_of(uint32_t bits) {
 #ifdef __CUDA_ARCH__
   return __uint_as_float(bits);
 #else
-  float result;
-  std::memcpy(&result, &bits, sizeof(result));
-  return result;
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
 #endif
 }
+
+JAX_DSV4_HD float to_f32(float x) { return x; }
+JAX_DSV4_HD float to_f32(bf16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 
 template <class T>
 JAX_DSV4_HD T round_to(float x);
@@ -39,8 +49,7 @@ JAX_DSV4_HD bf16 round_to<bf16>(float x) {
 #ifdef __CUDA_ARCH__
   return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
 #else
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
+  const uint32_t bits = bits_of(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fc0};  // NaN: rounding could overflow to inf
   return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 #endif

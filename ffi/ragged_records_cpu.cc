@@ -1,6 +1,7 @@
 // Ragged batches that end in records on a CPU: pieces of all compressors' batches are shared among
 // XLA's threads.
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <type_traits>

@@ -51,26 +51,6 @@ struct RecordOptions {
   Rounding rounding;
 };
 
-JAX_DSV4_HD uint32_t bits_of(float x) {
-#ifdef __CUDA_ARCH__
-  return __float_as_uint(x);
-#else
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  return bits;
-#endif
-}
-
-JAX_DSV4_HD float float_of(uint32_t bits) {
-#ifdef __CUDA_ARCH__
-  return __uint_as_float(bits);
-#else
-  float x;
-  std::memcpy(&x, &bits, sizeof(x));
-  return x;
-#endif
-}
-
 JAX_DSV4_HD bool is_nan(float x) { return (bits_of(x) & 0x7fffffffu) > 0x7f800000u; }
 JAX_DSV4_HD float to_bf16_and_back(float x) { return to_f32(round_to<bf16>(x)); }
 
