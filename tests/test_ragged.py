@@ -61,8 +61,11 @@ def test_every_configuration_agrees_with_float64(sizes, dtypes):
     for state_format in FORMATS if dtypes.state == "float32" else ("raw",):
         batch = make_batch(sizes, dtypes, "unaligned", 5)
         want = expected(batch, sizes.kind, state_format, "all")
-        got = run(batch, sizes.kind, dtypes, state_format, "all", "ffi")
-        check(got, want, batch, state_format)
+        # Of the reference, that new rows count as rounded to the state's dtype.
+        rounds = sizes in SMALL and dtypes == cases.F32_IN_BF16_STATE
+        for implementation in IMPLEMENTATIONS if rounds else ("ffi",):
+            got = run(batch, sizes.kind, dtypes, state_format, "all", implementation)
+            check(got, want, batch, state_format)
         assert np.any(want.kv_comp)
 
 
