@@ -28,3 +28,10 @@ def device(request) -> jax.Device:
     if request.param == "gpu":
         return request.getfixturevalue("gpu")
     return jax.devices("cpu")[0]
+
+
+@pytest.fixture
+def on_device(device):
+    """Runs a test on each device, as JAX's default."""
+    with jax.default_device(device):
+        yield device

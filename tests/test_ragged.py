@@ -26,6 +26,7 @@ from jax_dsv4 import (
 )
 from jax_dsv4.reference.ragged import is_stored
 
+pytestmark = pytest.mark.usefixtures("on_device")
 IMPLEMENTATIONS = ("ffi", "xla")
 FORMATS = ("raw", "prefix")
 DTYPES = cases.BF16_IN_F32_STATE

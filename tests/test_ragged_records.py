@@ -46,6 +46,7 @@ CU = np.array([1, 10, 40, 43, 46, 55], np.int32)  # padding in front and behind
 SEQS = np.int32(BATCH)
 RULES = ("all", live(max_rewind=2), live(max_rewind=0, resume_every=8))
 IMPLEMENTATIONS = ("ffi", "xla")
+on_each_device = pytest.mark.usefixtures("on_device")
 of_rules = pytest.mark.parametrize("rule", RULES, ids=("all", "live", "live, resume"))
 
 
@@ -112,6 +113,7 @@ def by_parts(rows, c, cache, tables, lens, cu, store_rows, implementation):
     return CompressorCache(state, records), np.sum(slots >= 0)
 
 
+@on_each_device
 @pytest.mark.parametrize("state_format", ("raw", "prefix"))
 @pytest.mark.parametrize("name", KINDS)
 def test_a_call_is_its_parts(name, state_format):
@@ -131,6 +133,7 @@ def test_a_call_is_its_parts(name, state_format):
     assert stored >= 5
 
 
+@on_each_device
 @pytest.mark.parametrize("apart", ("one array", "arrays", "pairs"))
 def test_several_compressors_are_each_alone(apart):
     rows, *own = ragged_layer()
@@ -148,6 +151,7 @@ def test_several_compressors_are_each_alone(apart):
     check_alike(got, tuple(jax.jit(call)(*x, LENS, CU) for x in alone))
 
 
+@on_each_device
 @of_rules
 def test_the_reference_agrees_with_the_kernel(rule):
     operands = *ragged_layer(), LENS, CU
@@ -156,6 +160,7 @@ def test_the_reference_agrees_with_the_kernel(rule):
     check_reference(quickly(ragged_records, implementation="xla", **options)(*operands), want)
 
 
+@on_each_device
 def test_decode_steps_are_those_of_decode_records():
     rows, *own = make_layer()
     next_n, lens = rows.shape[1], np.array([4, 130, 0, 256, 391], np.int32)
@@ -166,6 +171,7 @@ def test_decode_steps_are_those_of_decode_records():
     )
 
 
+@on_each_device
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_call_that_completes_nothing_writes_no_record(implementation):
     cache, tables = make_cache("main")
@@ -176,6 +182,7 @@ def test_a_call_that_completes_nothing_writes_no_record(implementation):
     assert np.any(np.asarray(got.state.kv) != 0)
 
 
+@on_each_device
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_window_of_which_nothing_is_left_gives_a_record_of_zeros(implementation):
     compressor, (cache, tables) = make_compressor("indexer"), make_cache("indexer")
@@ -192,6 +199,7 @@ def test_a_window_of_which_nothing_is_left_gives_a_record_of_zeros(implementatio
     assert np.any(np.asarray(dequantize_records(got.records, slot.astype(np.int32))) != 0)
 
 
+@on_each_device
 @pytest.mark.parametrize("layer", (0, 2, jnp.int32(1), 5))
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_layer_is_worked_on_alone(layer, implementation):
@@ -274,6 +282,7 @@ of_both = pytest.mark.parametrize("operation", CALLS, ids=str)
 NAMES = ("rows", "compressors", "caches", "tables", "lens", "cu", "seqs")
 
 
+@on_each_device
 @pytest.mark.parametrize("mapped", (*NAMES, "everything", "all but the caches", "lens, then cu"))
 @of_both
 def test_vmap_is_a_loop_and_one_call(operation, mapped):
@@ -318,6 +327,7 @@ def test_vmap_of_the_reference_is_a_loop(operation):
         check_reference(jax.tree.map(lambda x, i=i: x[i], got), alone(*own))
 
 
+@on_each_device
 @of_both
 def test_a_loop_updates_donated_caches_in_place(operation):
     rows, compressors, caches, tables = ragged_layer()
