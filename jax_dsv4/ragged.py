@@ -167,7 +167,8 @@ def ragged_kv_compress(
     passes the prefix on, and an old one restarts its window.
 
     No request may write a row that another one writes or reads in the same call. Two positions of
-    one request may share a row if at most one of them is stored by the call.
+    one request may share a row if at most one of them is stored by the call, and if it does not
+    read the other one: a GPU may have stored the first before it reads.
 
     vmap: as in ``paged_kv_compress``.
     """
