@@ -820,6 +820,32 @@ struct ShortWindows {
     commit_copies();
   }
 
+  // From `window` on to this one, there is nothing to a window but its value and what it adds to
+  // the next one's: all its rows are new, none is stored, and both halves are needed.
+  __device__ __forceinline__ int32_t plain_end(int32_t window) const {
+    const StoreRule& rule = rows.p.rule;
+    if (rule.all || window < first || window * R < rows.start) return window;
+    int64_t next = max(rows.length - rule.max_rewind, 0);  // as in may_store
+    if (rule.resumes) {
+      const Divisor& every = rule.resume_every;
+      next = min(next, (int64_t{window * R / every} + 1) * every.value);
+    }
+    return min(static_cast<int32_t>((next - 1) / R), end) - Config::kOverlap;
+  }
+  __device__ __forceinline__ void stage_plain(int32_t window, int number) const {
+    auto& to = stages[number];
+    const auto* kv = rows.new_kv(window * R, 0);
+#pragma unroll
+    for (int j = 0; j < R; ++j, kv += rows.p.row_size) {
+      const auto* const score = kv + rows.p.score_offset;
+#pragma unroll
+      for (int half = 0; half < T::kHalves; ++half) {
+        to.copy(true, j + half * R, kv + half * Config::kHeadDim, score + half * Config::kHeadDim);
+      }
+    }
+    commit_copies();
+  }
+
   // For each window: has = start(whether it is completed here, window), early, and if it is,
   // emit(has, window, value).
   template <class Start, class Emit>
@@ -828,74 +854,90 @@ struct ShortWindows {
     const int32_t begin = first_unit(), stop = end_unit();
 #pragma unroll 1
     for (int i = 0; i < kStages - 1; ++i) stage(begin + i, i);
-    int number = 0;  // of the stage
+    int32_t plain = begin;  // windows before this one are plain
+    int number = 0;         // of the stage
 #pragma unroll 1
     for (int32_t window = begin; window < stop; ++window) {
-      stage(window + kStages - 1, number == 0 ? kStages - 1 : number - 1);
+      if (window >= plain) plain = plain_end(window);
+      const int32_t ahead = window + kStages - 1;
+      const int into = number == 0 ? kStages - 1 : number - 1;
+      if (__builtin_expect(ahead < plain, 1)) {
+        stage_plain(ahead, into);
+      } else {
+        stage(ahead, into);
+      }
       const bool has_own = window >= first && window < end;
-      const bool has_next = Config::kOverlap && window + 1 < end;
       const auto has = start(has_own, window);
-      const auto fetch = [&](int half) {
-        return [&, half](int j, bool) { return stages[number][half * R + j]; };
-      };
-      const bool may_store = window >= first && rows.may_store(window);
-      Own own(rows, window * R);
-      if (may_store || own.first_new > 0 || rows.p.rule.all) own.find_places();
-      const uint32_t stored = may_store ? own.stored() : 0;
-      if (__builtin_expect(rows.is_whole(window) && own.is_simple(may_store || rows.p.rule.all),
-                           1)) {
+      Partial<kVector> partial = before;  // of the value
+      if (__builtin_expect(window < plain, 1)) {
         wait_for_copies<kStages - 1>();
-        if (has_own) {
-          Partial<kVector> partial = before;
-          add_whole(fetch(kOwn), kOwn, stored, own.first, partial);
-          emit(has, window, jax_dsv4::value_of(partial));
-        }
-        if (has_next || (Config::kOverlap && stored != 0)) {
+        add_whole(number, kOwn, 0, Place{}, partial);
+        if (Config::kOverlap) {
           before = {};
-          add_whole(fetch(0), 0, stored, own.first, before);
+          add_whole(number, 0, 0, Place{}, before);
         }
       } else {
-        const uint32_t counted = own.counted();
-        wait_for_copies<kStages - 1>();
-#pragma unroll 1
-        for (int half = kOwn; half >= 0; --half) {
-          const bool is_for_value = half == kOwn && has_own;
-          const bool is_for_next = Config::kOverlap && half == 0 && has_next;
-          if (!is_for_value && !is_for_next && stored == 0) continue;
-          Partial<kVector> partial;
-          if (Config::kOverlap && is_for_value) partial = before;
-          [[maybe_unused]] Prefix open[kVector];
-          if (own.first_new > 0) {
-            [[maybe_unused]] const auto row = own.add_old(half, partial);
-            if constexpr (kFormat == StateFormat::kPrefix) {
-#pragma unroll
-              for (int v = 0; v < kVector; ++v) {
-                open[v] = {to_f32(row.score.x[v]), to_f32(row.kv.x[v])};
-              }
-            }
-          }
-          own.template add_new<R>(fetch(half), half, counted, stored, partial);
-          if constexpr (kFormat == StateFormat::kPrefix) {
-            if (stored != 0) own.store_prefixes(fetch(half), half, counted, stored, open);
-          }
-          if (is_for_value) emit(has, window, jax_dsv4::value_of(partial));
-          if (is_for_next) before = partial;
-        }
+        add_other(number, window, has_own, partial, before);
       }
+      if (has_own) emit(has, window, value_of(partial));
       if (++number == kStages) number = 0;
     }
     wait_for_copies<0>();  // before the stages take other windows
   }
 
  private:
-  template <class Fetch>
-  __device__ __forceinline__ void add_whole(Fetch&& fetch, int half, uint32_t stored,
+  // Of a window that is staged there: all rows, in one half.
+  __device__ __forceinline__ void add_whole(int number, int half, uint32_t stored,
                                             const Place& place, Partial<kVector>& partial) const {
     RowVector<typename Config::KvScore> row[R];
 #pragma unroll
-    for (int j = 0; j < R; ++j) row[j] = fetch(j, true);
+    for (int j = 0; j < R; ++j) row[j] = stages[number][half * R + j];
     rows.template add_whole<R>(
         row, [&](int j) { return rows.bias_at(j, half); }, half, stored, place, partial);
+  }
+
+  // Of a window that is not plain: adds its rows to its own value, and stores those that are to be
+  // stored; `before`: what it adds to the next one's value.
+  __device__ __forceinline__ void add_other(int number, int32_t window, bool has_own,
+                                            Partial<kVector>& partial,
+                                            Partial<kVector>& before) const {
+    const bool has_next = Config::kOverlap && window + 1 < end;
+    const bool may_store = window >= first && rows.may_store(window);
+    Own own(rows, window * R);
+    if (may_store || own.first_new > 0 || rows.p.rule.all) own.find_places();
+    const uint32_t stored = may_store ? own.stored() : 0;
+    const bool is_simple = rows.is_whole(window) && own.is_simple(may_store || rows.p.rule.all);
+    const uint32_t counted = is_simple ? 0 : own.counted();
+    wait_for_copies<kStages - 1>();
+#pragma unroll 1
+    for (int half = kOwn; half >= 0; --half) {
+      const bool is_for_value = half == kOwn && has_own;
+      const bool is_for_next = Config::kOverlap && half == 0 && has_next;
+      if (!is_for_value && !is_for_next && stored == 0) continue;
+      Partial<kVector> sum;
+      if (Config::kOverlap && is_for_value) sum = partial;
+      if (is_simple) {
+        add_whole(number, half, stored, own.first, sum);
+      } else {
+        const auto fetch = [&](int j, bool) { return stages[number][half * R + j]; };
+        [[maybe_unused]] Prefix open[kVector];
+        if (own.first_new > 0) {
+          [[maybe_unused]] const auto row = own.add_old(half, sum);
+          if constexpr (kFormat == StateFormat::kPrefix) {
+#pragma unroll
+            for (int v = 0; v < kVector; ++v) {
+              open[v] = {to_f32(row.score.x[v]), to_f32(row.kv.x[v])};
+            }
+          }
+        }
+        own.template add_new<R>(fetch, half, counted, stored, sum);
+        if constexpr (kFormat == StateFormat::kPrefix) {
+          if (stored != 0) own.store_prefixes(fetch, half, counted, stored, open);
+        }
+      }
+      if (is_for_value) partial = sum;
+      if (is_for_next) before = sum;
+    }
   }
 };
 
