@@ -196,13 +196,41 @@ void measure(const std::string& name, const Batch& batch, StateFormat format, bo
         }));
   }
   for (int64_t geometry : geometries) {
-    add("kernel_" + std::to_string(geometry),
-        time_of_launch<Config>(calls, repeats, [&](cudaStream_t stream, Call<Config>& c) {
-          const char* problem =
-              launch_ragged<Config>(stream, c.params, format, {c.kv_comp.get(), false}, geometry);
-          if (problem != nullptr) std::printf("%s\n", problem);
-        }));
+    add(geometry < 0 ? "kernel" : "kernel_" + std::to_string(geometry),
+        time_of_launch<Config>(
+            calls, repeats,
+            [&](cudaStream_t stream, Call<Config>& c) {
+              const char* problem = launch_ragged<Config>(stream, c.params, format,
+                                                          {c.kv_comp.get(), false}, geometry);
+              if (problem != nullptr) std::printf("%s\n", problem);
+            }));
   }
+  // Records in fp8_ds_mla, normed and rotated.
+  constexpr int64_t kPositions = 1 << 17, kPageBytes = kPageSize * 584;
+  const int64_t record_pages = int64_t{Call<Config>::max_pages_of(batch)} / Config::kRatio + 1;
+  std::vector<int32_t> record_tables(batch.requests * record_pages);
+  std::iota(record_tables.begin(), record_tables.end(), 0);
+  const Buffer<int32_t> tables(record_tables);
+  const Buffer<uint8_t> pool(record_tables.size() * kPageBytes);
+  const Buffer<float> weight(Config::kHeadDim), turns(kPositions * kRopeDim);
+  RecordTarget records = {};
+  records.tables = tables.get(), records.norm_weight = weight.get(), records.cos_sin = turns.get();
+  records.max_pages = record_pages, records.num_positions = kPositions;
+  records.tables_stride = batch.requests;
+  records.pool.data = pool.get(), records.pool.num_layers = 1;
+  records.pool.num_pages = record_tables.size(), records.pool.page_size = Divisor(kPageSize);
+  records.pool.page_bytes = kPageBytes, records.pool.is_16b_aligned = kPageBytes % 16 == 0;
+  records.options.rms_norm_eps = 1e-6f, records.options.rounding = Rounding::kOnce;
+  add("records", time_of_launch<Config>(calls, repeats, [&](cudaStream_t stream, Call<Config>& c) {
+        RaggedRecordsCall call = {};
+        call.selection = {Config::kHeadDim, Config::kRatio, Config::kOverlap,
+                          DType::kBF16,     DType::kF32,    DType::kF32};
+        call.state_format = format, call.format = RecordFormat::kFp8DsMla;
+        static_cast<RaggedParams&>(call.params) = c.params;
+        call.params.records = records;
+        const char* problem = launch_ragged_records(stream, &call, 1, -1);
+        if (problem != nullptr) std::printf("%s\n", problem);
+      }));
   if (beside_decode) {
     add("decode", time_of_launch<Config>(calls, repeats, [&](cudaStream_t stream, Call<Config>& c) {
           c.decode.kv_comp = c.kv_comp.get();
@@ -227,26 +255,26 @@ void measure_all(const std::vector<int64_t>& geometries, const std::string& want
         measure<C>("prompt", batch_of({0}, {rows}), format, all, geometries);
       }
     }
+    const auto same = [](int32_t count, int32_t value) {
+      return std::vector<int32_t>(count, value);
+    };
     if (is_wanted("uneven")) {
-      measure<C>("uneven",
-                 batch_of({0, 0, 0, 0, 0, 0, 0, 0}, {32768, 100, 100, 100, 100, 100, 100, 100}),
-                 format, false, ours);
-      measure<C>("even", batch_of({0}, {33468}, 8), format, false, ours);
+      std::vector<int32_t> counts = same(8, 100);
+      counts[0] = 32768;
+      measure<C>("uneven", batch_of(same(8, 0), counts), format, false, ours);
+      measure<C>("uneven, as one prompt", batch_of({0}, {33468}, 8), format, false, ours);
     }
-    if (is_wanted("decode")) {
-      for (int32_t requests : {16, 64}) {
-        for (int32_t start : {1148, 1024}) {  // of 4 rows: the last ones of a window of 128, or not
-          const int32_t at = start == 1148 ? 1148 : 1024 + 4;
-          measure<C>(
-              at == 1148 ? "decode, all emit" : "decode",
-              batch_of(std::vector<int32_t>(requests, at), std::vector<int32_t>(requests, 4)),
-              format, false, ours, true);
-        }
-      }
+    // Requests that bring 4 rows: the last ones of a window of 128, or others of it.
+    for (int32_t requests : {16, 64}) {
+      if (!is_wanted("decode")) continue;
+      measure<C>("decode, all emit", batch_of(same(requests, 1148), same(requests, 4)), format,
+                 false, ours, true);
+      measure<C>("decode", batch_of(same(requests, 1028), same(requests, 4)), format, false, ours,
+                 true);
     }
     if (is_wanted("mixed")) {
-      std::vector<int32_t> starts(63, 1148), counts(63, 4);
-      measure<C>("63 decodes", batch_of(starts, counts), format, false, ours);
+      std::vector<int32_t> starts = same(63, 1148), counts = same(63, 4);
+      measure<C>("63 of 4 rows", batch_of(starts, counts), format, false, ours);
       measure<C>("a chunk", batch_of({4096}, {2048}), format, false, ours);
       starts.push_back(4096), counts.push_back(2048);
       measure<C>("mixed", batch_of(starts, counts), format, false, ours);
@@ -258,6 +286,8 @@ void measure_all(const std::vector<int64_t>& geometries, const std::string& want
 
 int main(int argc, char** argv) {
   const std::string wanted = argc > 1 ? argv[1] : "";
+  std::vector<int64_t> geometries = {-1};
+  for (int i = 2; i < argc; ++i) geometries.push_back(std::stoll(argv[i]));
   measure_all<128, false>({-1}, wanted);
-  measure_all<4, true>({-1, 2, 4, 8, 32}, wanted);
+  measure_all<4, true>(geometries, wanted);
 }

@@ -524,8 +524,8 @@ struct LongTile {
   static constexpr int kSlices = Config::kHeadDim / kColumns;
   static constexpr int kRowGroups = kThreads / kLanes;
   static constexpr int kRows = Config::kRatio / kRowGroups;
-  static constexpr int kMergers = kThreads / kColumns;
-  static constexpr int kPartialStride = 3 * kColumns + 32 / kMergers;
+  static constexpr int kMergers = std::min(kThreads / kColumns, 4);
+  static constexpr int kPartialStride = 3 * kColumns + std::max(32 / kMergers, 4);
   static_assert(!Config::kOverlap, "long windows that overlap: no kernel");
   static_assert(kColumns * kSlices == Config::kHeadDim && kRows * kRowGroups == Config::kRatio,
                 "slices must fill head_dim, and row groups share the rows evenly");
