@@ -11,6 +11,7 @@
 #     measure   most of README's times, with the baselines and jnp beside; the indexer; layers
 #     records   the times of store_records, with jnp beside, and of its launches captured by hand
 #     fused     the times of decode_records, beside the calls that end in values
+#     ragged    the times of ragged batches, with jnp beside, and of their launches captured by hand
 #     vary      the times of all other points in points.csv
 #     step      a whole decode step in one program: values alone, jnp behind them, decode_records
 #     profile   the launches captured in graphs by hand, and ncu's counters
@@ -23,7 +24,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 part=${1:-}
 case "$part" in
-  test | sanitize | fuzz | job | measure | records | fused | vary | step | profile) ;;
+  test | sanitize | fuzz | job | measure | records | fused | ragged | vary | step | profile) ;;
   *)
     sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' benchmarks/gpu.sh
     exit 2
@@ -162,6 +163,12 @@ run_records() {
 
 run_fused() {
   run fused python3 benchmarks/decode_records.py --out "$results/fused.jsonl" "${commit[@]}"
+}
+
+run_ragged() {
+  run ragged-build nvcc -std=c++17 -O3 -arch=native -Iffi benchmarks/ragged.cu -o "$results/ragged"
+  run ragged-graph "$results/ragged"
+  run ragged python3 benchmarks/ragged.py --out "$results/ragged.jsonl" "${commit[@]}"
 }
 
 run_vary() {

@@ -429,16 +429,14 @@ struct Neighbours {
   __device__ __forceinline__ void store_prefixes(Fetch&& fetch, int half, uint32_t counted,
                                                  uint32_t stored,
                                                  Prefix (&open)[kRaggedVector]) const {
-    const uint32_t needed = counted | stored;
-    if (!has_new()) return;
+    if (stored == 0) return;
     auto next = fetch(first_new, true);
     auto next_bias = bias_at(first_new, half);
 #pragma unroll 1
-    for (int j = first_new; j < end; ++j) {
+    for (int j = first_new; stored >> j != 0; ++j) {
       Stored row = rows.as_stored(next, next_bias);
       next = fetch(min(j + 1, end - 1), j + 1 < end);
       next_bias = bias_at(min(j + 1, end - 1), half);
-      if ((needed >> j & 1) == 0) continue;
 #pragma unroll
       for (int v = 0; v < kRaggedVector; ++v) {
         if (counted >> j & 1) {
@@ -932,7 +930,7 @@ struct ShortWindows {
         }
         own.template add_new<R>(fetch, half, counted, stored, sum);
         if constexpr (kFormat == StateFormat::kPrefix) {
-          if (stored != 0) own.store_prefixes(fetch, half, counted, stored, open);
+          own.store_prefixes(fetch, half, counted, stored, open);
         }
       }
       if (is_for_value) partial = sum;
