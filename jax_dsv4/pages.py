@@ -205,9 +205,12 @@ class _Slot:
     """What a pool knows of a slot."""
 
     pages: dict[int, int] = dataclasses.field(default_factory=dict)  # logical -> physical
-    resumable: set[int] = dataclasses.field(default_factory=set)  # of the multiples up to `length`
+    # Those of multiples up to `length`, which stay, and the others: of the step, which ends at
+    # `end`. Apart, so that a step takes no time for each page of a long prefix.
+    resumable: set[int] = dataclasses.field(default_factory=set)
+    passing: set[int] = dataclasses.field(default_factory=set)
     length: int = 0
-    end: int = 0  # of the step that it holds pages for
+    end: int = 0
 
 
 class PagePool:
@@ -313,20 +316,24 @@ class PagePool:
                 f"got {length} + {next_n}"
             )
         layout, state = self._layout, self._slots[slot]
-        resumable = layout.resume_pages(state.length, length, self.resume_every) | state.resumable
+        resumable = layout.resume_pages(state.length, length, self.resume_every)
         needed = layout.step_pages(length, next_n, max_rewind) | resumable
         needed |= layout.resume_pages(length, end, self.resume_every)
-        missing, unneeded = sorted(needed - state.pages.keys()), sorted(state.pages.keys() - needed)
+        missing = [page for page in sorted(needed) if page not in state.pages]
+        unneeded = sorted(state.passing - needed)
         num_free = len(self._free) + sum(self._num_users[state.pages[i]] == 1 for i in unneeded)
         if len(missing) > num_free:
+            num_there = len(state.pages) - len(unneeded)
             raise OutOfPages(
-                f"slot {slot} needs {len(needed)} pages and has {len(needed) - len(missing)} of "
-                f"them; {num_free} of {self.num_pages} are free"
+                f"slot {slot} needs {num_there + len(missing)} pages and has {num_there} of them; "
+                f"{num_free} of {self.num_pages} are free"
             )
         self._give_back(slot, unneeded)
         for page in missing:
             self._take(slot, page, self._free.popleft())
-        state.resumable, state.length, state.end = resumable, length, end
+        state.resumable |= resumable
+        state.passing = needed - state.resumable
+        state.length, state.end = length, end
 
     def share(self, slot: int, source: int, length: int) -> None:
         """Let a slot's new request resume where another slot's request had ``length`` tokens.
