@@ -321,7 +321,7 @@ class PagePool:
         needed |= layout.resume_pages(length, end, self.resume_every)
         missing = [page for page in sorted(needed) if page not in state.pages]
         unneeded = sorted(state.passing - needed)
-        num_free = len(self._free) + sum(self._num_users[state.pages[i]] == 1 for i in unneeded)
+        num_free = len(self._free) + len(unneeded)  # none of which is shared: those are resumable
         if len(missing) > num_free:
             num_there = len(state.pages) - len(unneeded)
             raise OutOfPages(
