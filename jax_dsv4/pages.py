@@ -1,7 +1,8 @@
-"""The pages of a paged state: which of them a step needs, and who owns them. All on the host."""
+"""The pages of a paged state: which of them a step needs, and who uses them. All on the host."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import deque
 from collections.abc import Iterator
@@ -39,10 +40,53 @@ class _Layout(NamedTuple):
     overlap: bool
     format: str
 
-    def live_at(self, length: int, next_n: int) -> _LivePages:
-        """The live pages of a step that brings ``next_n`` rows after ``length`` others."""
+    def step_pages(self, length: int, next_n: int, max_rewind: int | None) -> set[int]:
+        """Those of a step that brings ``next_n`` rows after ``length`` others."""
+        if max_rewind is None:
+            filled = length % self.ratio
+            return set(self._live(length - filled, filled, next_n).indices())
+        # Old rows, and of the new ones those that are stored.
+        end = length + next_n
+        shortest = max(end - max_rewind, length)
+        stored = range(shortest // self.page_size, (end - 1) // self.page_size + 1)
+        return {
+            *self.read_pages(length),
+            *self.read_pages(shortest),
+            *(page for page in stored if self._is_read(page, shortest, end)),
+        }
+
+    def resume_pages(self, start: int, end: int, resume_every: int | None) -> set[int]:
+        """Those that steps read which start at a multiple of ``resume_every`` in (start, end]."""
+        if resume_every is None:
+            return set()
+        first = (start // resume_every + 1) * resume_every
+        return {
+            page
+            for multiple in range(first, end + 1, resume_every)
+            for page in self.read_pages(multiple)
+        }
+
+    def read_pages(self, length: int) -> list[int]:
+        """Those of the old rows that a step from ``length`` reads."""
         filled = length % self.ratio
-        return self._live(length - filled, filled, next_n)
+        start = length - filled
+        before = self.overlap and start > 0
+        if self.format == "raw":
+            rows = [range(start - before * self.ratio, length)]
+        else:
+            rows = [range(start - before, start), range(length - (filled > 0), length)]
+        size = self.page_size
+        return [page for r in rows if r for page in range(r[0] // size, r[-1] // size + 1)]
+
+    def _is_read(self, page: int, start: int, end: int) -> bool:
+        """Whether later steps read any of the rows start <= row < end on a page that has some.
+
+        Where windows are disjoint, none reads the last row of a window.
+        """
+        first = max(page * self.page_size, start)
+        num_rows = min((page + 1) * self.page_size, end) - first
+        ends_window = first % self.ratio == self.ratio - 1
+        return num_rows > 1 or (num_rows == 1 and (self.overlap or not ends_window))
 
     def largest(self, next_n: int) -> Iterator[_LivePages]:
         """Live pages at lengths among which are those with the most, and with the widest span.
@@ -76,6 +120,15 @@ def _checked_layout(page_size: Any, compress_ratio: Any, overlap: Any, format: A
     return _Layout(page_size, ratio, overlap, format)
 
 
+def _checked_step(length: Any, next_n: Any, max_rewind: Any) -> tuple[int, int, int | None]:
+    length, next_n = _check.integer("length", length, 0), _check.integer("next_n", next_n, 1)
+    return length, next_n, _optional("max_rewind", max_rewind, 0)
+
+
+def _optional(name: str, value: Any, minimum: int) -> int | None:
+    return None if value is None else _check.integer(name, value, minimum)
+
+
 def live_pages(
     length: int,
     page_size: int,
@@ -84,6 +137,8 @@ def live_pages(
     overlap: bool | None = None,
     next_n: int,
     format: str = "raw",
+    max_rewind: int | None = None,
+    resume_every: int | None = None,
 ) -> list[int]:
     """The logical pages of a request that its next step reads or writes: its others may be reused.
 
@@ -92,6 +147,8 @@ def live_pages(
     before them unless it ends a window, and where windows overlap of the last row of the window
     before. No step from this length or from a greater one reads an earlier page that is not listed.
 
+    A ragged call that stores only ``live(...)`` rows needs pages for those of its own rows only.
+
     Args:
       length: tokens of the sequence before the step, without rejected drafts.
       page_size: rows (tokens) per page.
@@ -99,6 +156,10 @@ def live_pages(
       overlap: whether windows overlap; ``None``: as R has it, 4 does and others do not.
       next_n: how many rows the step brings.
       format: of the state.
+      max_rewind: of the ``live(...)`` that the step has as its ``store_rows``; ``None``: the step
+        stores all its rows, as those of ``paged_kv_compress`` and ``decode_records`` do.
+      resume_every: requests may resume at any multiple of it, as in ``live``: listed are also the
+        pages that steps from those multiples read, up to the end of this step. ``None``: none does.
 
     Returns:
       Indices into the request's block table, in ascending order. In format ``"prefix"`` they may
@@ -108,8 +169,10 @@ def live_pages(
       ValueError, TypeError: an argument is out of range or no integer; the text names it.
     """
     layout = _checked_layout(page_size, compress_ratio, overlap, format)
-    length, next_n = _check.integer("length", length, 0), _check.integer("next_n", next_n, 1)
-    return layout.live_at(length, next_n).indices()
+    length, next_n, max_rewind = _checked_step(length, next_n, max_rewind)
+    resume_every = _optional("resume_every", resume_every, 1)
+    pages = layout.step_pages(length, next_n, max_rewind)
+    return sorted(pages | layout.resume_pages(0, length + next_n, resume_every))
 
 
 def pages_needed(
@@ -137,16 +200,26 @@ def pages_needed(
     return max(live.num_live for live in layout.largest(next_n))
 
 
+@dataclasses.dataclass
+class _Slot:
+    """What a pool knows of a slot."""
+
+    pages: dict[int, int] = dataclasses.field(default_factory=dict)  # logical -> physical
+    resumable: set[int] = dataclasses.field(default_factory=set)  # of the multiples up to `length`
+    length: int = 0
+    end: int = 0  # of the step that it holds pages for
+
+
 class PagePool:
-    """The pages of a state: which request slot owns which. A free list and the block tables.
+    """The pages of a state: which request slots use which. A free list and the block tables.
 
     Before each step, ``hold`` the pages that a slot's request needs, and pass ``tables`` to the
-    call. A page has at most one owner. All layers of a kind need the same pages, so one pool serves
-    them all: its page ids are local to a layer. Nothing is to be cleared, of a page or of a slot:
-    what earlier requests left there reaches nothing.
+    call. A page has one user, or as many as ``share`` it. All layers of a kind need the same pages,
+    so one pool serves them all: its page ids are local to a layer. Nothing is to be cleared, of a
+    page or of a slot: what earlier requests left there reaches nothing.
 
     Attributes, not to be changed: ``num_pages``, ``batch``, ``max_pages``, ``page_size``,
-    ``format``.
+    ``format``, ``resume_every``.
     """
 
     def __init__(
@@ -159,16 +232,21 @@ class PagePool:
         compress_ratio: int,
         overlap: bool | None = None,
         format: str = "raw",
+        resume_every: int | None = None,
     ):
         """All pages are free.
 
         Args:
           num_pages: pages in the pool, as many as the state has per layer. With
-            ``batch * pages_needed(...)`` the pool never runs out.
+            ``batch * pages_needed(...)`` the pool never runs out, unless there is a
+            ``resume_every``.
           batch: request slots.
           max_pages: logical pages per request: the longest has ``max_pages * page_size`` tokens,
             with drafts.
           page_size, compress_ratio, overlap, format: those of the state, as in ``live_pages``.
+          resume_every: slots keep the pages, too, that a request needs to resume at a multiple of
+            it, a multiple of ``page_size``, so that slots can ``share`` them; ``None``: they keep
+            no more than their steps need.
 
         Raises:
           ValueError, TypeError: an argument is out of range or no integer; the text names it.
@@ -178,14 +256,21 @@ class PagePool:
         self.max_pages = _check.integer("max_pages", max_pages, 0)
         self._layout = _checked_layout(page_size, compress_ratio, overlap, format)
         self.page_size, self.format = self._layout.page_size, self._layout.format
+        self.resume_every = _optional("resume_every", resume_every, 1)
+        if self.resume_every is not None and self.resume_every % self.page_size:
+            raise ValueError(
+                f"resume_every: expected a multiple of page_size = {self.page_size}, "
+                f"got {self.resume_every}"
+            )
         # First in, first out: a page rests as long as it can, and pages get well mixed.
         self._free = deque(range(self.num_pages))
-        self._owned: list[dict[int, int]] = [{} for _ in range(self.batch)]  # logical -> physical
+        self._num_users = [0] * self.num_pages
+        self._slots = [_Slot() for _ in range(self.batch)]
         self._tables = np.full((self.batch, self.max_pages), -1, np.int32)
 
     @property
     def num_free(self) -> int:
-        """How many pages no slot owns."""
+        """How many pages no slot uses."""
         return len(self._free)
 
     @property
@@ -197,17 +282,20 @@ class PagePool:
         """
         return self._tables.copy()
 
-    def hold(self, slot: int, length: int, next_n: int) -> None:
-        """Let a slot own exactly the pages that its next step needs.
+    def hold(self, slot: int, length: int, next_n: int, max_rewind: int | None = None) -> None:
+        """Let a slot use exactly the pages that its next step needs: its ``live_pages``.
 
         Pages that are missing are allocated, and pages that no later step will read are free from
-        now on, for the same step of other slots too. For one request, ``length`` must not shrink
-        from step to step; ``release`` the slot before its next request.
+        now on, for the same step of other slots too, once no other slot shares them. For one
+        request, ``length`` must not shrink from step to step; ``release`` the slot before its next
+        request.
 
         Args:
           slot: of the request, in ``0...batch - 1``.
           length: tokens of the sequence before the step, without rejected drafts.
           next_n: how many rows the step brings to this request, drafts included, at least 1.
+          max_rewind: of the ``live(...)`` that the step has as its ``store_rows``; ``None``: the
+            step stores all its rows.
 
         Raises:
           OutOfPages: fewer are free than needed. Release another slot, and try again.
@@ -217,24 +305,66 @@ class PagePool:
         After an error the pool is as it was.
         """
         slot = _check.integer("slot", slot, 0, self.batch - 1)
-        length, next_n = _check.integer("length", length, 0), _check.integer("next_n", next_n, 1)
-        rows = self.max_pages * self.page_size
-        if length + next_n > rows:
+        length, next_n, max_rewind = _checked_step(length, next_n, max_rewind)
+        rows, end = self.max_pages * self.page_size, length + next_n
+        if end > rows:
             raise ValueError(
                 f"length: expected length + next_n of at most max_pages * page_size = {rows}, "
                 f"got {length} + {next_n}"
             )
-        needed, owned = self._layout.live_at(length, next_n).indices(), self._owned[slot]
-        missing = [page for page in needed if page not in owned]
-        unneeded = sorted(owned.keys() - needed)
-        if len(missing) > len(self._free) + len(unneeded):
+        layout, state = self._layout, self._slots[slot]
+        resumable = layout.resume_pages(state.length, length, self.resume_every) | state.resumable
+        needed = layout.step_pages(length, next_n, max_rewind) | resumable
+        needed |= layout.resume_pages(length, end, self.resume_every)
+        missing, unneeded = sorted(needed - state.pages.keys()), sorted(state.pages.keys() - needed)
+        num_free = len(self._free) + sum(self._num_users[state.pages[i]] == 1 for i in unneeded)
+        if len(missing) > num_free:
             raise OutOfPages(
-                f"slot {slot} needs {len(needed)} pages and owns {len(needed) - len(missing)} of "
-                f"them; {len(self._free) + len(unneeded)} of {self.num_pages} are free"
+                f"slot {slot} needs {len(needed)} pages and has {len(needed) - len(missing)} of "
+                f"them; {num_free} of {self.num_pages} are free"
             )
         self._give_back(slot, unneeded)
         for page in missing:
-            owned[page] = self._tables[slot, page] = self._free.popleft()
+            self._take(slot, page, self._free.popleft())
+        state.resumable, state.length, state.end = resumable, length, end
+
+    def share(self, slot: int, source: int, length: int) -> None:
+        """Let a slot's new request resume where another slot's request had ``length`` tokens.
+
+        It uses the other's pages for all that steps from ``length`` on read of the rows before, and
+        from every smaller multiple of ``resume_every``; its own rows will go to pages of its own.
+        Its first step is ``hold(slot, length, ...)``. To keep a prefix when its request has
+        finished, share it with a slot that takes part in no call.
+
+        Args:
+          slot: a slot without a request: new, or released.
+          source: the other slot. The calls that bring its first ``length`` tokens come before any
+            of this slot, and none of these tokens is a draft that may be rejected.
+          length: a multiple of ``resume_every``, at least 1.
+
+        Raises:
+          ValueError, TypeError: a slot is not in ``0...batch - 1``, ``slot`` is in use, ``source``
+            holds no pages for so many tokens, or ``length`` is no such multiple; the text names the
+            argument. The pool is as it was.
+        """
+        slot = _check.integer("slot", slot, 0, self.batch - 1)
+        source = _check.integer("source", source, 0, self.batch - 1)
+        length = _check.integer("length", length, 1)
+        if self.resume_every is None or length % self.resume_every:
+            raise ValueError(
+                f"length: expected a multiple of resume_every = {self.resume_every}, got {length}"
+            )
+        state, other = self._slots[slot], self._slots[source]
+        if state.end:
+            raise ValueError(f"slot: expected one without a request, got {slot}: release it first")
+        if length > other.end:
+            raise ValueError(
+                f"length: expected at most the {other.end} tokens of slot {source}, got {length}"
+            )
+        shared = self._layout.resume_pages(0, length, self.resume_every)
+        for page in shared:
+            self._take(slot, page, other.pages[page])
+        state.resumable, state.length, state.end = shared, length, length
 
     def release(self, slot: int) -> None:
         """Give back all pages of a slot, whose request has finished or was preempted.
@@ -243,12 +373,20 @@ class PagePool:
           ValueError, TypeError: ``slot`` is not in ``0...batch - 1``.
         """
         slot = _check.integer("slot", slot, 0, self.batch - 1)
-        self._give_back(slot, list(self._owned[slot]))
+        self._give_back(slot, list(self._slots[slot].pages))
+        self._slots[slot] = _Slot()
+
+    def _take(self, slot: int, page: int, physical: int) -> None:
+        self._slots[slot].pages[page] = self._tables[slot, page] = physical
+        self._num_users[physical] += 1
 
     def _give_back(self, slot: int, pages: list[int]) -> None:
         for page in pages:
-            self._free.append(self._owned[slot].pop(page))
+            physical = self._slots[slot].pages.pop(page)
             self._tables[slot, page] = -1
+            self._num_users[physical] -= 1
+            if not self._num_users[physical]:
+                self._free.append(physical)
 
 
 class SlotTables(NamedTuple):

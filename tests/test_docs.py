@@ -17,6 +17,7 @@ PAGES = (
     "docs/records.md",
     "docs/transforms.md",
     "docs/engine.md",
+    "docs/prefill.md",
     "docs/troubleshooting.md",
     "docs/developing.md",
 )

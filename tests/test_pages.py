@@ -8,6 +8,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
 from jax_dsv4 import (
@@ -20,6 +21,7 @@ from jax_dsv4 import (
     pages_needed,
     slot_tables,
 )
+from jax_dsv4.reference.ragged import is_stored
 
 FORMATS = ("raw", "prefix")
 PAGE_SIZES, NEXT_NS = (1, 2, 3, 4, 6, 12, 32, 33, 100, 128), (1, 2, 5, 130)
@@ -73,27 +75,61 @@ def test_prefixes_need_fewer_pages(page_size, ratio, next_n, raw, prefix):
             assert pages == sorted(set(pages)) and set(written) <= set(pages)
 
 
-def rows_read(length, ratio, overlap, format):
-    """Old rows that a step from this length reads, whatever it completes."""
-    window, filled = divmod(length, ratio)
-    if format == "raw":
-        return range(max(window - overlap, 0) * ratio, length)
-    own = [length - 1] if filled else []
-    return [*own, window * ratio - 1] if overlap and window > 0 else own
+def rows_read_by(ratio, overlap, format):
+    return functools.partial(oracle.rows_read, ratio=ratio, overlap=overlap, state_format=format)
+
+
+def rows_stored(size, length, *, max_rewind, **rule):
+    """Of so many rows, those before ``length`` that a call stores; ``max_rewind``: None for all."""
+    rows = np.arange(size, dtype=np.int32)
+    stored = is_stored(rows, length, max_rewind=-1 if max_rewind is None else max_rewind, **rule)
+    return rows[(rows < length) & np.asarray(stored)]
 
 
 @every_window
 @every_format
 def test_live_pages_are_those_of_rows_that_this_step_or_a_later_one_reads(ratio, overlap, format):
     options = {"compress_ratio": ratio, "overlap": overlap, "format": format}
+    rows_read = rows_read_by(ratio, overlap, format)
     for page_size, next_n in itertools.product((1, 3, 32), (1, 5)):
         for window, by in itertools.product((1, 2, 3, 1000), (-2, -1, 0, 1, 2, ratio // 2)):
             length = window * ratio + by
             later = range(length, length + ratio + 2)
-            read = {row for start in later for row in rows_read(start, ratio, overlap, format)}
+            read = {row for start in later for row in rows_read(start)}
             rows = {row for row in read if row < length} | set(range(length, length + next_n))
             want = sorted({row // page_size for row in rows})
             assert live_pages(length, page_size, next_n=next_n, **options) == want
+
+
+@every_window
+@every_format
+@pytest.mark.parametrize("every", (None, 1, 12, 96, 128, 200))
+def test_live_pages_are_those_of_live_rows(ratio, overlap, format, every):
+    """Of old ones that this step or one that resumes reads, and of new ones that are stored."""
+    options = {"compress_ratio": ratio, "overlap": overlap, "format": format}
+    rule = {"ratio": ratio, "overlap": overlap, "state_format": format}
+    rows_read = rows_read_by(ratio, overlap, format)
+    starts = {window * ratio + by for window in (1, 2, 3) for by in (-2, -1, 0, 1, ratio // 2)}
+    steps = itertools.product({0, *starts}, (1, 2, 5, 2 * ratio + 3))
+    for (length, next_n), rewind in itertools.product(steps, (0, 1, 4, 150)):
+        end = length + next_n
+        multiples = [start for start in range(1, end + 1) if every and start % every == 0]
+        stored = rows_stored(6 * ratio + 9, end, max_rewind=rewind, resume_every=every or 0, **rule)
+        old = {row for m in multiples for row in rows_read(m)} | rows_read(length)
+        rows = {row for row in old if row < length} | set(stored[stored >= length].tolist())
+        later = [*multiples, *range(max(end - rewind, length), end + ratio + 2)]
+        assert {row for start in later for row in rows_read(start) if row < end} <= rows
+        for page_size in (1, 2, 3, 32):
+            want = sorted({row // page_size for row in rows})
+            live = {"max_rewind": rewind, "resume_every": every}
+            assert live_pages(length, page_size, next_n=next_n, **options, **live) == want
+            if every is None:
+                most = [pages_needed(page_size, next_n=n, **options) for n in (1, rewind or 1)]
+                assert len(want) <= sum(most)
+            # All new rows stored: at once, and row by row.
+            want = sorted({row // page_size for row in {*old, *range(length, end)}})
+            all_rows = {"resume_every": every}
+            assert live_pages(length, page_size, next_n=next_n, **options, **all_rows) == want
 
 
 @every_window
@@ -148,12 +184,13 @@ def make_pool(num_pages=8, batch=3, max_pages=9, **options):
 
 
 GOOD = {"page_size": 8, "compress_ratio": 4, "overlap": True, "format": "raw"}
+LIVE = {"max_rewind": 3, "resume_every": 5}
 HELPERS = {
-    live_pages: GOOD | {"length": 3, "next_n": 1},
+    live_pages: GOOD | {"length": 3, "next_n": 1} | LIVE,
     pages_needed: GOOD | {"next_n": 1},
     slot_tables: GOOD | {"slots": 2, "max_len": 9, "next_n": 1},
-    PagePool: GOOD | {"num_pages": 3, "batch": 2, "max_pages": 9},
-    PagePool.hold: {"self": make_pool(), "slot": 0, "length": 3, "next_n": 1},
+    PagePool: GOOD | {"num_pages": 3, "batch": 2, "max_pages": 9, "resume_every": 8},
+    PagePool.hold: {"self": make_pool(), "slot": 0, "length": 3, "next_n": 1, "max_rewind": 0},
     PagePool.release: {"self": make_pool(), "slot": 0},
 }
 
@@ -173,7 +210,8 @@ def test_every_argument_is_checked(helper, name):
         wrong = [(5, ValueError), (4.0, ValueError), (jnp.int32(4), TypeError)]
     else:
         wrong = [(-1, ValueError), (2**31, ValueError), (1.5, TypeError), ("1", TypeError)]
-        wrong += [(None, TypeError), (jnp.int32(1), TypeError)]
+        wrong += [(jnp.int32(1), TypeError)]
+        wrong += [(None, TypeError)] if name not in LIVE else []
     for value, error in wrong:
         with pytest.raises(errors, match=f"^{name}: expected ") as info:
             helper(**good | {name: value})
@@ -255,10 +293,10 @@ def test_out_of_pages_says_how_many_and_leaves_the_pool_unchanged():
     pool.hold(1, 4, 8)
     before, num_free = pool.tables, pool.num_free
     assert [np.flatnonzero(row >= 0).tolist() for row in before] == [[0, 1, 2], [0, 1, 2], []]
-    with pytest.raises(OutOfPages, match=r"^slot 2 needs 1 pages and owns 0 of them; 0 of 6 are"):
+    with pytest.raises(OutOfPages, match=r"^slot 2 needs 1 pages and has 0 of them; 0 of 6 are"):
         pool.hold(2, 0, 1)
     # Page 0 would be given back for page 3, but there is none for page 4.
-    with pytest.raises(OutOfPages, match=r"^slot 1 needs 4 pages and owns 2 of them; 1 of 6 are"):
+    with pytest.raises(OutOfPages, match=r"^slot 1 needs 4 pages and has 2 of them; 1 of 6 are"):
         pool.hold(1, 8, 12)
     assert issubclass(OutOfPages, RuntimeError)
     np.testing.assert_array_equal(pool.tables, before)
@@ -299,6 +337,128 @@ def test_tables_given_away_do_not_change_with_the_pool_nor_the_pool_with_them():
     np.testing.assert_array_equal(given, expected)
     given[:] = 5
     assert np.all(pool.tables == -1)
+
+
+# -------------------------------------------------------------------------- pages that are shared
+
+
+@every_window
+@every_format
+@pytest.mark.parametrize(("page_size", "times"), [(1, 5), (4, 3), (4, 32), (32, 1)])
+def test_shared_pages_hold_what_their_requests_need_and_are_free_after_the_last(
+    ratio, overlap, format, page_size, times
+):
+    """Pages of numbered rows, with nothing on those that are free."""
+    every, batch = times * page_size, 5
+    max_len = 2 * max(every, ratio) + 40
+    most = max_len // 4
+    rows_read = rows_read_by(ratio, overlap, format)
+    rule = {"ratio": ratio, "overlap": overlap, "state_format": format, "resume_every": every}
+    options = {"compress_ratio": ratio, "overlap": overlap, "format": format}
+    max_pages = -(-(max_len + most) // page_size)
+    pool = PagePool(
+        batch * max_pages, batch, max_pages, page_size=page_size, resume_every=every, **options
+    )
+    rng, numbers = np.random.default_rng(0), itertools.count()
+    state = np.full((pool.num_pages, page_size), -1)
+    texts = [[] for _ in range(batch)]  # of each slot, the numbers of its tokens
+    num_shared = 0
+    for _ in range(400):
+        slot = int(rng.integers(batch))
+        if len(texts[slot]) > max_len or rng.random() < 0.05:
+            pool.release(slot)
+            texts[slot] = []
+        if not texts[slot] and rng.random() < 0.8:
+            source = int(rng.integers(batch))
+            longest = min(len(texts[source]), max_len)
+            length = int(rng.integers(longest // every + 1)) * every
+            if length:
+                pool.share(slot, source, length)
+                texts[slot] = texts[source][:length]
+                num_shared += 1
+        text = texts[slot]
+        start, n = len(text), int(rng.integers(1, most + 1))
+        rewind = int(rng.integers(n)) if rng.random() < 0.7 else None
+        pool.hold(slot, start, n, rewind)
+        tables = pool.tables
+        used = set(tables[tables >= 0].tolist())
+        assert len(used) == pool.num_pages - pool.num_free
+        state[list(set(range(pool.num_pages)) - used)] = -1
+        for row in rows_read(start):
+            assert state[tables[slot, row // page_size], row % page_size] == text[row]
+        text += [next(numbers) for _ in range(n)]
+        stored = rows_stored(max_len + most, start + n, max_rewind=rewind, **rule)
+        for row in stored[stored >= start].tolist():
+            assert tables[slot, row // page_size] >= 0
+            state[tables[slot, row // page_size], row % page_size] = text[row]
+        del text[start + n - int(rng.integers((n - 1 if rewind is None else rewind) + 1)) :]
+    assert num_shared > 5
+    for slot in range(batch):
+        pool.release(slot)
+    assert pool.num_free == pool.num_pages
+    assert np.all(pool.tables == -1)
+
+
+def test_pages_that_another_slot_shares_are_not_free_for_a_step():
+    pool = make_pool(num_pages=4, resume_every=8)
+    pool.hold(0, 0, 9)
+    pool.share(1, 0, 8)
+    assert pool.tables[:2].tolist() == [[0, 1, 2] + [-1] * 6, [-1, 1] + [-1] * 7]
+    pool.hold(0, 9, 8)  # pages 1, for the multiple 8, 2, 3 and 4: page 0 is free again
+    with pytest.raises(OutOfPages, match=r"^slot 1 needs 2 pages and has 1 of them; 0 of 4 are"):
+        pool.hold(1, 8, 1)
+    pool.release(0)
+    assert pool.num_free == 3
+    pool.hold(1, 8, 1)
+    assert pool.tables[1, 1] == 1
+    pool.release(1)
+    assert pool.num_free == 4
+
+
+def test_a_slot_without_live_pages_can_be_resumed():
+    """Nothing is read before the start of a disjoint window; its prefix is of no page."""
+    pool = make_pool(compress_ratio=128, resume_every=128, max_pages=40)
+    pool.hold(0, 0, 130, max_rewind=0)
+    assert np.flatnonzero(pool.tables[0] >= 0).tolist() == [32]
+    pool.share(1, 0, 128)
+    assert np.all(pool.tables[1] == -1)
+    pool.hold(1, 128, 1)
+    assert pool.num_free == 8 - 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"slot": 3}, ValueError, "slot: expected "),
+        ({"slot": 1.0}, TypeError, "slot: expected "),
+        ({"slot": 0}, ValueError, "slot: expected one without a request, got 0: release it first"),
+        ({"slot": 2}, ValueError, "slot: expected one without a request, got 2: release it first"),
+        ({"source": -1}, ValueError, "source: expected "),
+        ({"source": 1}, ValueError, "length: expected at most the 0 tokens of slot 1, got 8"),
+        ({"length": 0}, ValueError, "length: expected "),
+        ({"length": None}, TypeError, "length: expected "),
+        ({"length": 12}, ValueError, "length: expected a multiple of resume_every = 8, got 12"),
+        ({"length": 24}, ValueError, "length: expected at most the 17 tokens of slot 0, got 24"),
+    ],
+)
+def test_share_names_a_wrong_argument_and_leaves_the_pool_unchanged(wrong, error, message):
+    pool = make_pool(resume_every=8)
+    pool.hold(0, 12, 5)
+    pool.share(2, 0, 8)
+    before, num_free = pool.tables, pool.num_free
+    with pytest.raises(error, match=f"^{message}"):
+        pool.share(**{"slot": 1, "source": 0, "length": 8} | wrong)
+    np.testing.assert_array_equal(pool.tables, before)
+    assert pool.num_free == num_free
+
+
+def test_only_whole_pages_are_shared():
+    with pytest.raises(ValueError, match=r"^resume_every: expected a multiple of page_size = 4"):
+        make_pool(resume_every=6)
+    pool = make_pool()
+    pool.hold(0, 0, 8)
+    with pytest.raises(ValueError, match=r"^length: expected a multiple of resume_every = None"):
+        pool.share(1, 0, 8)
 
 
 # ---------------------------------------------------------------------------------- rings of pages
