@@ -512,7 +512,7 @@ def test_pages_reused_as_early_as_they_may_be_change_no_value(
     arguments = ["--batch", "3", "--page-size", str(page_size), "--state-format", state_format]
     kinds, scheduler = make_demo(arguments, seed=2)
     weights = jax.device_put({kind.name: model.make_weights(kind, scheduler.rng) for kind in kinds})
-    step = model.make_step(kinds, "ffi")
+    step = model.make_step(kinds, implementation="ffi")
     reused, kept, tables = {}, {}, {}
     for kind in kinds:
         name, pages = kind.name, scheduler.pages[kind.name]

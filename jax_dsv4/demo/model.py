@@ -85,18 +85,17 @@ def make_pages(
         "overlap": layers.overlap,
         "format": state_format,
     }
-    num_pages, slots = batch * pages_needed(**options, next_n=next_n), batch
+    num_pages, slots, max_rewind = batch * pages_needed(**options, next_n=next_n), batch, None
     if traffic.prompts:
-        # In no order of slots do they hold more than the rows of two steps' prompts.
-        num_pages += batch + 2 * -(-traffic.room // page_size)
-        num_pages += PREFIXES * pages_needed(**options, next_n=1)
-        slots += PREFIXES
+        # A chunk needs pages for what it reads, and for what steps behind it may read: no others.
+        max_rewind, slots = next_n - 1, batch + PREFIXES
+        num_pages += slots * pages_needed(**options, next_n=1)
     state = PagePool(num_pages, slots, -(-traffic.longest // page_size), **options)
     page_size, max_pages = RECORD_PAGE_TOKENS // layers.compress_ratio, pages_of(traffic.longest)
     num_pages = traffic.count_record_pages(batch)
     # Of windows of 2 that do not overlap, a slot holds the pages from its first record on.
     records = PagePool(num_pages, slots, max_pages, page_size=page_size, compress_ratio=2)
-    return Pages(state, records, layers.compress_ratio)
+    return Pages(state, records, layers.compress_ratio, max_rewind)
 
 
 def init_layers(layers: Layers, pages: Pages) -> CompressorCache:

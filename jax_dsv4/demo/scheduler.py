@@ -109,10 +109,11 @@ class Pages(NamedTuple):
     state: PagePool
     records: PagePool
     compress_ratio: int
+    max_rewind: int | None = None  # of steps that store live rows only, as with prompts
 
     def hold(self, slot: int, length: int, next_n: int, prefix: Prefix | None = None) -> None:
         """Pages for the step's rows, and for all records of the request up to the step's end."""
-        self.state.hold(slot, length, next_n)
+        self.state.hold(slot, length, next_n, self.max_rewind)
         # From the first one on that no prefix has: attention reads all.
         first = len(prefix.tokens) // self.compress_ratio if prefix else 0
         if (end := (length + next_n) // self.compress_ratio) > first:
