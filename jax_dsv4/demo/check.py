@@ -90,8 +90,8 @@ def take_sample(
     for span in spans:
         kept.flat[find_slots(span, np.array(span.windows(layers.compress_ratio), int))] = False
     slots = [find_slots(span, choose_windows(layers, span)) for span in spans]
-    slots = np.concatenate([np.zeros(0, np.int32), *slots])
-    padded = np.pad(slots, (0, max(size - len(slots), 0)), constant_values=-1)
+    slots = np.concatenate([*slots, np.zeros(0, int)])
+    padded = np.pad(slots, (0, max(size - len(slots), 0)), constant_values=-1).astype(np.int32)
     values = read_records(records, padded, layer=np.int32(layer))
     return Sample(layer, spans, values, has_changed(before, records, layer, kept))
 

@@ -232,7 +232,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="tokens of the requests' prompts, in turn, such as 300,2000,100000 (default: no "
         "prompts); a request waits where records have no room for it",
     )
-    chunk = "the most rows that a prompt brings per step (default: %(default)s); all prompts: twice"
+    chunk = "the most rows that a prompt brings per step (default: %(default)s); all: twice"
     add("--chunk", type=at_least(1), default=256, help=chunk)
     add(
         "--shared",

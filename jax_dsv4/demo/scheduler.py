@@ -58,7 +58,11 @@ def find_resume_every(page_size: int) -> int:
 
 @dataclasses.dataclass(eq=False)
 class Prefix:
-    """The first tokens of a prompt, whose pages stay for requests that begin with them."""
+    """The first tokens of a prompt, whose pages stay for requests that begin with them.
+
+    Only its end is resumed at. ``PagePool.share`` lets requests resume at any multiple, for which a
+    state keeps pages all along a prompt: hundreds of them at 100,000 tokens.
+    """
 
     slot: int  # of the page pools, behind those of requests
     tokens: np.ndarray
