@@ -143,6 +143,7 @@ run_fuzz() {
 run_job() {
   run job-raw python3 -m jax_dsv4
   run job-prefix python3 -m jax_dsv4 --state-format prefix
+  run job-prompts python3 -m jax_dsv4 --prompt 300,2000,100000 --chunk 512
 }
 
 # Dealt out: all in one part takes more than 8 minutes.

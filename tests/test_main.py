@@ -13,14 +13,16 @@ import jax
 import numpy as np
 import pytest
 
-from jax_dsv4 import RECORD_FORMATS, CompressorState, init_state
-from jax_dsv4.demo import cli, model, report
-from jax_dsv4.demo.check import find_first_needed
+from jax_dsv4 import RECORD_FORMATS, CompressorState, init_state, live
+from jax_dsv4.demo import cli, model, report, scheduler
 from jax_dsv4.demo.scheduler import Scheduler
 
 KINDS = ("CSA", "indexer", "HCA")
 # Every draft accepted: with 4 tokens a step, an HCA window of 128 is complete in 32 steps.
 TINY = ["--batch", "4", "--steps", "48", "--accept", "1", "--page-size", "8"]
+# Chunks that begin anywhere, beside what decodes; most requests start from a cached prefix.
+PROMPTS = ["--prompt", "600,70,333", "--chunk", "101", "--shared", "1"]
+PROMPTS += ["--batch", "3", "--steps", "150", "--accept", "0.7"]
 
 
 def run_tiny(capsys, *arguments):
@@ -92,6 +94,42 @@ def test_every_format_of_records_passes_the_check(capsys, one_layer_each, record
     indexer = record_format if record_format in ("f32", "bf16", "mxfp4") else "fp8_block128"
     assert status == 0
     assert f"records: CSA {record_format}, indexer {indexer}, HCA {record_format}\n" in out
+    assert "check: OK" in out
+
+
+@pytest.mark.parametrize("state_format", ["raw", "prefix"])
+def test_prompts_pass_the_check(capsys, one_layer_each, state_format):
+    status, out = run_tiny(capsys, *PROMPTS, "--state-format", state_format)
+    assert status == 0
+    assert "check: OK" in out
+    found = re.search(r"\((\d+) in the same time; (\d+) more .* with (\d+) requests", out)
+    prefilled, reused, sharing = map(int, found.groups())
+    assert prefilled > 600 and reused >= 256 * sharing > 256
+    found = re.search(r"prompts: (\d+), of .* without: (\d+), of", out)
+    with_prompts, without = map(int, found.groups())
+    assert with_prompts > 6 and without > 0 and with_prompts + without == 150
+
+
+def test_prompts_in_jnp_pass_the_check(capsys, one_layer_each):
+    sizes = ["--prompt", "300,270", "--steps", "20", "--batch", "2", "--accept", "1"]
+    status, out = run_tiny(capsys, *PROMPTS, *sizes, "--implementation", "xla")
+    assert status == 0
+    assert "check: OK" in out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--chunk", "1", "--prompt", "30,300", "--steps", "350"],
+        ["--chunk", "5000", "--prompt", "5000", "--steps", "40"],
+        ["--next-n", "1", "--page-size", "100", "--prompt", "7000,6500", "--chunk", "999"],
+        ["--next-n", "7", "--prompt", "20000,257", "--chunk", "1001", "--state-format", "prefix"],
+    ],
+    ids=" ".join,
+)
+def test_prompts_of_any_length_and_chunks_pass_the_check(capsys, one_layer_each, arguments):
+    status, out = run_tiny(capsys, *PROMPTS, *arguments)
+    assert status == 0
     assert "check: OK" in out
 
 
@@ -198,6 +236,71 @@ def test_a_wrong_implementation_fails_the_check(
         assert int(re.search(r"other bytes: (\d+)", out)[1]) > 0
 
 
+@pytest.mark.parametrize("corrupted", CORRUPTIONS)
+def test_a_wrong_implementation_fails_the_check_of_prompts(
+    capsys, monkeypatch, one_layer_each, corrupted
+):
+    patched = functools.partial(corrupted, model.ragged_records)
+    monkeypatch.setattr(model, "ragged_records", patched)
+    status, out = run_tiny(capsys, *PROMPTS)
+    assert status == 1
+    assert "check: MISMATCH" in out
+
+
+def without_rows_to_resume_at(monkeypatch):
+    """What a request needs that starts from a prefix is not stored."""
+    monkeypatch.setattr(cli, "live", lambda max_rewind, resume_every: live(max_rewind=max_rewind))
+
+
+def without_rows_to_rewind_to(monkeypatch):
+    """What a step needs after rejected drafts is not stored."""
+    never = functools.partial(live, max_rewind=0)
+    monkeypatch.setattr(cli, "live", lambda max_rewind, resume_every: never())
+
+
+def without_shared_pages(monkeypatch):
+    """A request that starts from a prefix has its own pages in the prefix's place."""
+    copy_tables = scheduler.Pages.copy_tables
+    monkeypatch.setattr(
+        scheduler.Pages,
+        "copy_tables",
+        lambda self, requests: copy_tables(self, [None] * len(requests)),
+    )
+
+
+def with_prefixes_shared_before_they_are_there(monkeypatch):
+    ready = property(lambda self: True, lambda self, value: None)
+    monkeypatch.setattr(scheduler.Prefix, "ready", ready, raising=False)
+
+
+def with_chunks_one_row_late(monkeypatch):
+    """Of every request but the first one."""
+    call = model.ragged_records
+
+    def late(kv_score, compressor, cache, tables, kv_lens, cu_q_lens, **attributes):
+        late = cu_q_lens.at[1:-1].add(1)
+        return call(kv_score, compressor, cache, tables, kv_lens, late, **attributes)
+
+    monkeypatch.setattr(model, "ragged_records", late)
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        without_rows_to_resume_at,
+        without_rows_to_rewind_to,
+        without_shared_pages,
+        with_prefixes_shared_before_they_are_there,
+        with_chunks_one_row_late,
+    ],
+)
+def test_prompts_that_go_wrong_fail_the_check(capsys, monkeypatch, one_layer_each, break_it):
+    break_it(monkeypatch)
+    status, out = run_tiny(capsys, *PROMPTS, "--prompt", "600")
+    assert status == 1
+    assert "check: MISMATCH" in out
+
+
 def test_a_run_too_short_to_check_every_kind_says_so(capsys, one_layer_each):
     status, out = run_tiny(capsys, "--steps", "8")
     assert status == 3
@@ -210,6 +313,7 @@ def test_a_run_too_short_to_check_every_kind_says_so(capsys, one_layer_each):
     [["--batch", "0"], ["--accept", "1.5"], ["--accept", "nan"], ["--next-n", "two"],
      ["--steps", "-1"], ["--page-size", "0"], ["--seed", "-1"], ["--model", "max"],
      ["--implementation", "cuda"], ["--state-format", "bf16"], ["--records", "int8"],
+     ["--prompt", "0"], ["--prompt", "300,x"], ["--chunk", "0"], ["--shared", "2"],
      ["--json", "."],
      ["--json", "no/such/folder/figures.json"]],
 )  # fmt: skip
@@ -260,15 +364,18 @@ def numbers_in(value):
     return [value] if isinstance(value, int | float) else []
 
 
-def test_json_has_all_that_is_printed(capsys, one_layer_each, tmp_path):
+@pytest.mark.parametrize("prompt", [[], [300, 70]])
+def test_json_has_all_that_is_printed(capsys, one_layer_each, tmp_path, prompt):
     path = tmp_path / "figures.json"
-    status, out = run_tiny(capsys, "--json", str(path))
+    lengths = ["--prompt", ",".join(map(str, prompt))] if prompt else []
+    status, out = run_tiny(capsys, "--json", str(path), *lengths)
     figures = json.loads(path.read_text())
     assert status == 0
     options, calls, check = figures["options"], figures["calls"], figures["check"]
     assert options == {
         **{"model": "flash", "batch": 4, "next_n": 4, "steps": 48, "accept": 1, "page_size": 8},
         **{"seed": 0, "state_format": "raw", "records": "fp8_ds_mla", "implementation": "auto"},
+        **{"prompt": prompt, "chunk": 256, "shared": 0.5},
     }
     formats = dict(zip(KINDS, ("fp8_ds_mla", "fp8_block128", "fp8_ds_mla"), strict=True))
     assert figures["record_formats"] == formats
@@ -281,6 +388,7 @@ def test_json_has_all_that_is_printed(capsys, one_layer_each, tmp_path):
     assert list(calls["by_kind"]) == [*KINDS, "all"]
     printed = re.findall(r"(?<![\w.-])[\d,]+(?:\.\d+)?\b", out.partition("requests: ")[2])
     have = {100 * kind["share"] for kind in calls["by_kind"].values()} | set(numbers_in(figures))
+    assert ("prefill" in figures) == bool(prompt)
     for text in printed:
         digits, number = len(text.partition(".")[2]), float(text.replace(",", ""))
         assert any(abs(number - value) <= 0.5001 * 10**-digits for value in have), text
@@ -338,7 +446,8 @@ def test_pages_have_one_owner_and_all_come_back(state_format, page_size, next_n)
                 assert len(span.tokens) - span.length == plan.q_lens[span.slot]
                 first = span.length
                 if state_format == "raw":
-                    first = find_first_needed(kind, span.length)
+                    open_window = span.length // kind.compress_ratio
+                    first = max(open_window - kind.overlap, 0) * kind.compress_ratio
                 rows = np.arange(first, len(span.tokens))
                 assert np.all(tables.state[span.slot, rows // page_size] >= 0)
                 windows = np.arange(len(span.tokens) // kind.compress_ratio)
@@ -352,6 +461,48 @@ def test_pages_have_one_owner_and_all_come_back(state_format, page_size, next_n)
             assert np.all(pool.tables == -1)
 
 
+@pytest.mark.parametrize("page_size", [3, 32, 100])
+@pytest.mark.parametrize("state_format", ["raw", "prefix"])
+def test_prompts_own_few_pages_and_share_those_of_prefixes(state_format, page_size):
+    """Of the state, however long a prompt is; and nothing is lost as requests come and go."""
+    sizes = ["--batch", "5", "--page-size", str(page_size), "--state-format", state_format]
+    prompts = ["--prompt", "3000,20000,700,40", "--chunk", "1500", "--shared", "0.8"]
+    _, demo = make_demo([*sizes, *prompts], seed=3)
+    record_pages, sharing = demo.record_pages, 0
+    while demo.finished < 20:
+        plan = demo.plan(arrivals=demo.started < 20)
+        assert np.all(np.diff(plan.cu_q_lens) == plan.q_lens)
+        assert plan.cu_q_lens[-1] <= plan.tokens.size
+        for pages, tables in ((demo.pages[name], plan.tables[name]) for name in KINDS):
+            for pool, table in ((pages.state, tables.state), (pages.records, tables.records)):
+                owned = [*pool.tables[pool.tables >= 0]]
+                assert sorted([*owned, *pool._free]) == list(range(pool.num_pages))
+                users = {}
+                for slot, page in np.argwhere(table >= 0):
+                    users.setdefault(table[slot, page], set()).add((slot, page))
+                for places in users.values():
+                    if len(places) > 1:
+                        found = {demo.requests[slot].prefix for slot, _ in places}
+                        (prefix,), (page,) = found, {page for _, page in places}
+                        rows = len(prefix.tokens)
+                        rows //= 1 if pool is pages.state else pages.compress_ratio
+                        assert (page + 1) * pool.page_size <= rows
+                        sharing += 1
+        for span in demo.list_spans(plan):
+            request, prefix = demo.requests[span.slot], demo.requests[span.slot].prefix
+            if prefix:
+                have = request.tokens[: len(prefix.tokens)]
+                np.testing.assert_array_equal(have, prefix.tokens)
+        demo.settle(plan)
+    assert demo.requests == [None] * 5 and sharing and demo.sharing
+    while demo._drop_prefix():
+        pass
+    assert demo.prefixes == [] and demo.record_pages == record_pages
+    for name in KINDS:
+        for pool in demo.pages[name][:2]:
+            assert pool.num_free == pool.num_pages
+
+
 @pytest.mark.parametrize("page_size", [1, 3, 8])
 @pytest.mark.parametrize("state_format", ["raw", "prefix"])
 def test_pages_reused_as_early_as_they_may_be_change_no_value(
@@ -361,7 +512,7 @@ def test_pages_reused_as_early_as_they_may_be_change_no_value(
     arguments = ["--batch", "3", "--page-size", str(page_size), "--state-format", state_format]
     kinds, scheduler = make_demo(arguments, seed=2)
     weights = jax.device_put({kind.name: model.make_weights(kind, scheduler.rng) for kind in kinds})
-    step = model.make_step(kinds, "ffi")
+    step = model.make_step(kinds, implementation="ffi")
     reused, kept, tables = {}, {}, {}
     for kind in kinds:
         name, pages = kind.name, scheduler.pages[kind.name]

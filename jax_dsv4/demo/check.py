@@ -22,6 +22,7 @@ from jax_dsv4.demo.scheduler import Span
 
 # Checked, spread over the run: every layer of so many steps, and one layer of so many more.
 FULL_STEPS, SAMPLED_STEPS = 16, 256
+MOST_WINDOWS = 128  # compared of one request in one call; there are more only with prompts
 
 # Of quantised formats: mantissa bits, smallest exponent and largest value of the code, channels of
 # a block (0: the scale is 1), and whether scales are powers of two.
@@ -38,7 +39,7 @@ class Sample(NamedTuple):
 
     layer: int
     spans: list[Span]
-    values: Array  # [N, D] f32, of the windows that spans complete, in their order
+    values: Array  # [N, D] f32, of the windows that are compared, in the order of spans
     changed: Array  # bool, whether a byte that belongs to none of them has changed
 
 
@@ -47,6 +48,7 @@ class Verdict(NamedTuple):
 
     verdict: str  # "OK", "MISMATCH" or "INCOMPLETE": some kind completed no window
     windows: dict[str, int]  # compared, by kind
+    num_skipped: int  # further windows that the calls looked at completed
     max_error: float  # of what is allowed; at most 1 is right
     num_changed: int  # calls that changed a byte which belongs to no record of theirs
 
@@ -61,6 +63,14 @@ def choose_layers(
     return (int(rng.integers(layers.count)),) if step % one_layer == 0 else ()
 
 
+def choose_windows(layers: Layers, span: Span) -> np.ndarray:
+    """Those compared of a span: all, or of very many some, the first and the last among them."""
+    windows = np.array(span.windows(layers.compress_ratio), int)
+    if len(windows) <= MOST_WINDOWS:
+        return windows
+    return windows[np.linspace(0, len(windows) - 1, MOST_WINDOWS).astype(int)]
+
+
 def take_sample(
     layers: Layers,
     layer: int,
@@ -72,14 +82,16 @@ def take_sample(
 ) -> Sample:
     """From a layer's pool ``before`` a step and after it; at least ``size`` slots are read."""
     page_size = records.page_size
-    slots = [
-        tables[span.slot, window // page_size] * page_size + window % page_size
-        for span in spans
-        for window in span.windows(layers.compress_ratio)
-    ]
+
+    def find_slots(span: Span, windows: np.ndarray) -> np.ndarray:
+        return tables[span.slot, windows // page_size] * page_size + windows % page_size
+
     kept = np.ones((len(before), page_size), bool)
-    kept.flat[slots] = False
-    padded = np.array(slots + [-1] * (size - len(slots)), np.int32)
+    for span in spans:
+        kept.flat[find_slots(span, np.array(span.windows(layers.compress_ratio), int))] = False
+    slots = [find_slots(span, choose_windows(layers, span)) for span in spans]
+    slots = np.concatenate([*slots, np.zeros(0, int)])
+    padded = np.pad(slots, (0, max(size - len(slots), 0)), constant_values=-1).astype(np.int32)
     values = read_records(records, padded, layer=np.int32(layer))
     return Sample(layer, spans, values, has_changed(before, records, layer, kept))
 
@@ -125,7 +137,13 @@ def check_samples(
     if max_error <= 1 and not num_changed:  # not so for NaN
         verdict = "OK" if all(errors.values()) else "INCOMPLETE"
     counts = {name: len(found) for name, found in errors.items()}
-    return Verdict(verdict, counts, max_error, num_changed)
+    completed = sum(
+        len(span.windows(layers.compress_ratio))
+        for layers in model
+        for sample in samples[layers.name]
+        for span in sample.spans
+    )
+    return Verdict(verdict, counts, completed - sum(counts.values()), max_error, num_changed)
 
 
 def compare(sample: Sample, layers: Layers, weights: Weights) -> list[float]:
@@ -167,7 +185,7 @@ def make_records_float64(
     """What a call should store [N, D], before it is quantised; and the norm's factors [N, 1]."""
     values = [compress_float64(layers, layer, weights, span) for span in spans]
     values = np.concatenate([np.zeros((0, layers.head_dim)), *values])
-    windows = [window for span in spans for window in span.windows(layers.compress_ratio)]
+    windows = [window for span in spans for window in choose_windows(layers, span)]
     factors = 1 / np.sqrt(np.mean(values**2, axis=1, keepdims=True) + 1e-6)
     values *= factors * weights.norms[layer]
     table = weights.cos_sin_cache[np.array(windows, int) * layers.compress_ratio]
@@ -188,25 +206,18 @@ def make_hadamard(size: int) -> np.ndarray:
 
 
 def compress_float64(layers: Layers, layer: int, weights: Weights, span: Span) -> np.ndarray:
-    """[windows completed, D]: the compressed values, from the log of the request's tokens."""
+    """[windows, D]: the compressed values, from the log of the request's tokens."""
     ratio, head_dim = layers.compress_ratio, layers.head_dim
-    first = find_first_needed(layers, span.length)
-    rows = project(weights, span.tokens[first:], layer).astype(np.float32)
-    kv, score = np.split(rows, 2, axis=1)
-    bias = weights.apes[layer][np.arange(first, len(span.tokens)) % ratio]
-    score = score + bias  # in f32: as stored
-    values = []
-    for window in span.windows(ratio):
-        start = window * ratio - first
-        parts = [(slice(start, start + ratio), slice(-head_dim, None))]
-        if layers.overlap and window > 0:
-            parts.append((slice(start - ratio, start), slice(head_dim)))
-        scores = np.concatenate([score[part] for part in parts]).astype(np.float64)
-        exps = np.exp(scores - scores.max(0))
-        values.append((exps * np.concatenate([kv[p] for p in parts])).sum(0) / exps.sum(0))
-    return np.reshape(values, (-1, head_dim))
-
-
-def find_first_needed(layers: Layers, length: int) -> int:
-    """The first token behind the windows that a sequence of this length has yet to complete."""
-    return max(length // layers.compress_ratio - layers.overlap, 0) * layers.compress_ratio
+    windows = choose_windows(layers, span)
+    positions = windows[:, None] * ratio + np.arange(-ratio if layers.overlap else 0, ratio)
+    rows = project(weights, span.tokens[np.maximum(positions, 0)], layer).astype(np.float32)
+    kv, score = np.split(rows, 2, axis=2)
+    score = score + weights.apes[layer][positions % ratio]  # in f32: as stored
+    if layers.overlap:  # the window before counts by its first half
+        kv, score = (
+            np.concatenate([x[:, :ratio, :head_dim], x[:, ratio:, head_dim:]], axis=1)
+            for x in (kv, score)
+        )
+    score = np.where(positions[..., None] >= 0, score.astype(np.float64), -np.inf)
+    weight = np.exp(score - score.max(1, keepdims=True, initial=-np.inf))
+    return (weight * kv).sum(1) / weight.sum(1)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jax_dsv4 import RECORD_FORMATS, STATE_FORMATS, CompressorCache
+from jax_dsv4 import RECORD_FORMATS, STATE_FORMATS, CompressorCache, live
 from jax_dsv4.demo import report
 from jax_dsv4.demo.check import Sample, check_samples, choose_layers, copy_pool, take_sample
 from jax_dsv4.demo.model import (
@@ -27,7 +27,7 @@ from jax_dsv4.demo.model import (
     make_step,
     make_weights,
 )
-from jax_dsv4.demo.scheduler import Plan, Scheduler, Span
+from jax_dsv4.demo.scheduler import Plan, Scheduler, Span, Traffic, find_resume_every
 from jax_dsv4.demo.timing import REPLAYED_STEPS, measure_seconds_per_call
 
 BATCH, STEPS = {"cpu": 8, "gpu": 64}, {"cpu": 256, "gpu": 512}  # defaults, by platform
@@ -54,24 +54,34 @@ def run(options: argparse.Namespace) -> str:
     if jax.default_backend() == "cpu":
         sizes = f"batch {BATCH['gpu']}, {STEPS['gpu']} steps"
         report.show(f"the defaults are small on a CPU; on a GPU they are {sizes}")
-    implementation = None if options.implementation == "auto" else options.implementation
+    attributes: dict[str, Any] = {
+        "implementation": None if options.implementation == "auto" else options.implementation
+    }
+    if options.prompt:
+        every = find_resume_every(options.page_size)
+        attributes["store_rows"] = live(max_rewind=options.next_n - 1, resume_every=every)
     rng = np.random.default_rng(options.seed)
     scheduler = make_scheduler(model, options, rng)
-    host_weights = {layers.name: make_weights(layers, rng) for layers in model}
+    host_weights = {
+        layers.name: make_weights(layers, rng, scheduler.traffic.longest) for layers in model
+    }
     weights = jax.device_put(host_weights)
-    decoded = decode(model, scheduler, make_step(model, implementation), weights, options.steps)
-    figures["decoding"] = report.show_decoding(scheduler, options.steps, decoded.seconds)
+    decoded = decode(model, scheduler, make_step(model, **attributes), weights, options.steps)
+    seconds = sum(map(sum, decoded.step_seconds.values()))
+    figures["decoding"] = report.show_decoding(scheduler, options.steps, seconds)
+    if options.prompt:
+        figures["prefill"] = report.show_prefill(scheduler, decoded.step_seconds)
 
     report.log("timing each kind of call")
     # Steps in plain jnp are slow.
-    plans = decoded.plans[:2] if implementation == "xla" else decoded.plans
+    plans = decoded.plans[:2] if options.implementation == "xla" else decoded.plans
     num_bytes = {
         name: (cache.state.kv.nbytes + cache.state.score.nbytes, cache.records.pool.nbytes)
         for name, cache in decoded.caches.items()
     }
     seconds_per_call = {
         layers.name: measure_seconds_per_call(
-            layers, decoded.caches[layers.name], weights[layers.name], plans, implementation
+            layers, decoded.caches[layers.name], weights[layers.name], plans, **attributes
         )
         for layers in model
     }
@@ -89,10 +99,17 @@ def make_scheduler(
     model: Sequence[Layers], options: argparse.Namespace, rng: np.random.Generator
 ) -> Scheduler:
     """No requests yet, and pages for each kind of layer."""
+    traffic = Traffic(options.prompt, options.chunk, options.shared)
     sizes = {key: getattr(options, key) for key in ("batch", "next_n", "page_size", "state_format")}
-    pages = {layers.name: make_pages(layers, **sizes) for layers in model}
+    pages = {layers.name: make_pages(layers, **sizes, traffic=traffic) for layers in model}
     return Scheduler(
-        pages, batch=options.batch, next_n=options.next_n, accept=options.accept, rng=rng
+        pages,
+        batch=options.batch,
+        next_n=options.next_n,
+        accept=options.accept,
+        rng=rng,
+        traffic=traffic,
+        resume_every=find_resume_every(options.page_size),
     )
 
 
@@ -101,8 +118,8 @@ class Decoded(NamedTuple):
 
     caches: dict[str, CompressorCache]  # by kind, as is the next
     samples: dict[str, list[Sample]]
-    plans: list[Plan]  # of some steps, to be replayed
-    seconds: float
+    plans: list[Plan]  # of some steps, to be replayed; with prompts, of those that bring any
+    step_seconds: dict[bool, list[float]]  # by whether a step brings rows of prompts
 
 
 def decode(
@@ -116,42 +133,67 @@ def decode(
     caches = {layers.name: init_layers(layers, scheduler.pages[layers.name]) for layers in model}
     samples: dict[str, list[Sample]] = {layers.name: [] for layers in model}
 
+    # With prompts, pools are so large that most of the time is the check's: the clock stops for it.
+    stop_clock, stopped = bool(scheduler.traffic.prompts), 0.0
+
     def advance(plan: Plan, spans: list[Span], chosen: dict[Layers, Sequence[int]]) -> None:
         """One step; the layers that were chosen are sampled."""
-        nonlocal caches
+        nonlocal caches, stopped
+        start = time.perf_counter()
         before = {
             (layers, layer): copy_pool(caches[layers.name].records, layer)
             for layers in model
             for layer in chosen[layers]
         }
+        if stop_clock:
+            jax.block_until_ready(list(before.values()))
+            stopped += time.perf_counter() - start
         caches = step(caches, weights, plan)
+        if stop_clock:
+            jax.block_until_ready(caches)
+            start = time.perf_counter()
         for (layers, layer), pool in before.items():
             records, tables = caches[layers.name].records, plan.tables[layers.name].records
             sample = take_sample(layers, layer, records, tables, spans, pool, plan.tokens.size)
             samples[layers.name].append(sample)
+            if stop_clock:
+                jax.block_until_ready(sample)
+        if stop_clock:
+            stopped += time.perf_counter() - start
 
     report.log("compiling")
-    no_request = scheduler.plan(arrivals=False)  # a step of inactive slots changes nothing
-    advance(no_request, [], {layers: [0] for layers in model})
+    no_requests = [scheduler.plan(arrivals=False)]  # steps of inactive slots change nothing
+    if scheduler.traffic.prompts:
+        no_requests.append(scheduler.plan(arrivals=False, full=True))
+    for plan in no_requests:
+        advance(plan, [], {layers: [0] for layers in model})
     jax.block_until_ready((caches, samples))
 
     plans, replay_every = [], -(-num_steps // REPLAYED_STEPS)
-    start = time.perf_counter()
+    brings_prompts, times = [], []
     for index in report.track(num_steps):
         plan = scheduler.plan()
         chosen = {x: choose_layers(x, index, num_steps, scheduler.rng) for x in model}
         jax.block_until_ready(caches)
+        times.append(time.perf_counter() - stopped)
         advance(plan, scheduler.list_spans(plan), chosen)
+        brings_prompts.append(plan.tokens.size > no_requests[0].tokens.size)
         if index % replay_every == replay_every // 2:
             plans.append(plan)
         scheduler.settle(plan)
     jax.block_until_ready(caches)
-    seconds = time.perf_counter() - start
+    times.append(time.perf_counter() - stopped)
+    step_seconds: dict[bool, list[float]] = {False: [], True: []}
+    for with_prompts, seconds in zip(brings_prompts, np.diff(times).tolist(), strict=True):
+        step_seconds[with_prompts].append(seconds)
+    # Replayed are those of one shape.
+    largest = max(plan.tokens.size for plan in plans)
+    plans = [plan for plan in plans if plan.tokens.size == largest]
     # After one more step all records of its requests are compared: none may have been lost.
     plan = scheduler.plan(arrivals=False)
     spans = [span._replace(length=0) for span in scheduler.list_spans(plan)]
     advance(plan, spans, {x: [int(scheduler.rng.integers(x.count))] for x in model})
-    return Decoded(caches, samples, plans, seconds)
+    return Decoded(caches, samples, plans, step_seconds)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -159,7 +201,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m jax_dsv4",
         description="Continuous-batching decode with all compressor calls of a DeepSeek-V4 model: "
-        "requests arrive, are decoded with drafts of which some are rejected, and finish. "
+        "requests arrive, are decoded with drafts of which some are rejected, and finish. With "
+        "--prompt they bring prompts, which go in chunks through the same ragged batches. "
         "Compares records with float64; reports speed and memory.",
         epilog="Exit status: 0 if all records that were compared are right, and no other byte has "
         "changed; 1 if not; 2 for a wrong option; 3 if a kind of layer completed no window to "
@@ -180,6 +223,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=probability,
         default=0.8,
         help="probability that a draft is accepted if those before it are (default: %(default)s)",
+    )
+    add(
+        "--prompt",
+        type=lengths,
+        default=(),
+        metavar="LENGTHS",
+        help="tokens of the requests' prompts, in turn, such as 300,2000,100000 (default: no "
+        "prompts); a request waits where records have no room for it",
+    )
+    chunk = "the most rows that a prompt brings per step (default: %(default)s); all: twice"
+    add("--chunk", type=at_least(1), default=256, help=chunk)
+    add(
+        "--shared",
+        type=probability,
+        default=0.5,
+        help="probability that a request starts from the cached prefix of an earlier one's prompt, "
+        "where that is shorter than its own (default: %(default)s)",
     )
     add("--page-size", type=at_least(1), default=32, help="rows per page (default: %(default)s)")
     add("--seed", type=at_least(0), default=0, help="of all that is random (default: %(default)s)")
@@ -222,6 +282,11 @@ def at_least(minimum: int) -> Callable[[str], int]:
         return int(text)
 
     return integer
+
+
+def lengths(text: str) -> tuple[int, ...]:
+    """An argparse type: numbers of tokens, with commas between them."""
+    return tuple(map(at_least(1), text.split(",")))
 
 
 def probability(text: str) -> float:

@@ -1,4 +1,4 @@
-"""The compressor layers of a model, and a decode step through all of them."""
+"""The compressor layers of a model, and a step through all of them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,22 @@ from jax_dsv4 import (
     init_state,
     make_cos_sin_cache,
     pages_needed,
+    ragged_records,
 )
-from jax_dsv4.demo.scheduler import MAX_TOKENS, VOCAB, Pages, Plan
+from jax_dsv4.demo.scheduler import (
+    NO_PROMPTS,
+    PREFIXES,
+    RECORD_PAGE_TOKENS,
+    VOCAB,
+    Pages,
+    Plan,
+    Traffic,
+    pages_of,
+)
 
 LAYERS = {"flash": (21, 21, 20), "pro": (30, 30, 31)}  # CSA, indexer, HCA
 YARN = {"type": "yarn", "factor": 16, "original_max_position_embeddings": 65536}
 CONFIG = {"qk_rope_head_dim": 64, "compress_rope_theta": 160000, "rope_scaling": YARN}
-RECORD_PAGE_TOKENS = 256  # whose records share a page
 INDEXER_FORMATS = ("f32", "bf16", "mxfp4")  # which the indexer takes, too
 INITIAL_BYTE = 0xA5  # of record pools: neither 0 nor NaN in any format
 
@@ -61,21 +70,32 @@ def list_layers(model: str, record_format: str = "fp8_ds_mla") -> tuple[Layers, 
 
 
 def make_pages(
-    layers: Layers, *, batch: int, page_size: int, next_n: int, state_format: str
+    layers: Layers,
+    *,
+    batch: int,
+    page_size: int,
+    next_n: int,
+    state_format: str,
+    traffic: Traffic = NO_PROMPTS,
 ) -> Pages:
-    """Pages for the layers of one kind, so many that they never run out."""
+    """Pages for the layers of one kind: of the state so many that they never run out."""
     options = {
         "page_size": page_size,
         "compress_ratio": layers.compress_ratio,
         "overlap": layers.overlap,
         "format": state_format,
     }
-    num_pages = batch * pages_needed(**options, next_n=next_n)
-    state = PagePool(num_pages, batch, -(-MAX_TOKENS // page_size), **options)
-    options |= {"page_size": RECORD_PAGE_TOKENS // layers.compress_ratio, "format": "raw"}
-    max_pages = -(-MAX_TOKENS // RECORD_PAGE_TOKENS)
-    records = PagePool(batch * max_pages, batch, max_pages, **options)
-    return Pages(state, records, layers.compress_ratio)
+    num_pages, slots, max_rewind = batch * pages_needed(**options, next_n=next_n), batch, None
+    if traffic.prompts:
+        # A chunk needs pages for what it reads, and for what steps behind it may read: no others.
+        max_rewind, slots = next_n - 1, batch + PREFIXES
+        num_pages += slots * pages_needed(**options, next_n=1)
+    state = PagePool(num_pages, slots, -(-traffic.longest // page_size), **options)
+    page_size, max_pages = RECORD_PAGE_TOKENS // layers.compress_ratio, pages_of(traffic.longest)
+    num_pages = traffic.count_record_pages(batch)
+    # Of windows of 2 that do not overlap, a slot holds the pages from its first record on.
+    records = PagePool(num_pages, slots, max_pages, page_size=page_size, compress_ratio=2)
+    return Pages(state, records, layers.compress_ratio, max_rewind)
 
 
 def init_layers(layers: Layers, pages: Pages) -> CompressorCache:
@@ -100,16 +120,18 @@ class Weights(NamedTuple):
     projections: Any  # [VOCAB, 2 S] bf16
     apes: Sequence[Any]  # of each layer, [R, S] f32
     norms: Sequence[Any]  # of each layer, [D] f32
-    cos_sin_cache: Any  # [MAX_TOKENS, 64] f32
+    cos_sin_cache: Any  # [max_position, 64] f32
 
 
-def make_weights(layers: Layers, rng: np.random.Generator) -> Weights:
+def make_weights(
+    layers: Layers, rng: np.random.Generator, max_position: int = NO_PROMPTS.longest
+) -> Weights:
     """Normally distributed, those of norms around 1; on the host."""
     projections = rng.standard_normal((VOCAB, 2 * layers.state_dim), np.float32)
     ape_shape = (layers.count, layers.compress_ratio, layers.state_dim)
     apes = rng.standard_normal(ape_shape, np.float32)
     norms = 1 + rng.standard_normal((layers.count, layers.head_dim), np.float32) / 8
-    table = make_cos_sin_cache(CONFIG, MAX_TOKENS)
+    table = make_cos_sin_cache(CONFIG, max_position)
     return Weights(projections.astype(jnp.bfloat16), list(apes), list(norms), table)
 
 
@@ -118,13 +140,13 @@ def project(weights: Weights, tokens: Any, layer: int) -> Any:
     return weights.projections[(tokens + 97 * layer) % VOCAB]
 
 
-def decode_layers(
+def call_layers(
     layers: Layers,
     cache: CompressorCache,
     kv_scores: Sequence[Array],
     weights: Weights,
     plan: Plan,
-    implementation: str | None,
+    **attributes: Any,
 ) -> CompressorCache:
     """The calls of one kind in one step.
 
@@ -141,29 +163,27 @@ def decode_layers(
             overlap=layers.overlap,
             hadamard=layers.hadamard,
         )
-        cache = decode_records(
-            kv_score,
-            compressor,
-            cache,
-            plan.tables[layers.name],
-            plan.kv_lens,
-            layer=layer,
-            q_lens=plan.q_lens,
-            implementation=implementation,
-        )
+        operands = (kv_score, compressor, cache, plan.tables[layers.name], plan.kv_lens)
+        if plan.cu_q_lens is None:
+            cache = decode_records(*operands, layer=layer, q_lens=plan.q_lens, **attributes)
+        else:
+            cache = ragged_records(*operands, plan.cu_q_lens, layer=layer, **attributes)
     return cache
 
 
-def make_step(model: Sequence[Layers], implementation: str | None) -> Callable[..., Any]:
-    """``(caches, weights, plan) -> caches``, by kind; the caches are donated."""
+def make_step(model: Sequence[Layers], **attributes: Any) -> Callable[..., Any]:
+    """``(caches, weights, plan) -> caches``, by kind; the caches are donated.
+
+    ``attributes``: those of all calls: ``implementation``, and with prompts ``store_rows``.
+    """
 
     def step(caches, weights, plan):
         stepped = {}
         for layers in model:
             own = weights[layers.name]
             kv_scores = [project(own, plan.tokens, layer) for layer in range(layers.count)]
-            stepped[layers.name] = decode_layers(
-                layers, caches[layers.name], kv_scores, own, plan, implementation
+            stepped[layers.name] = call_layers(
+                layers, caches[layers.name], kv_scores, own, plan, **attributes
             )
         return stepped
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from jax_dsv4 import CompressorCache
-from jax_dsv4.demo.model import Layers, Weights, decode_layers, project
+from jax_dsv4.demo.model import Layers, Weights, call_layers, project
 from jax_dsv4.demo.scheduler import Plan
 
 # REPLAYED_STEPS of the loop's steps are one program. A round runs it RUNS times in a row.
@@ -22,7 +23,7 @@ def measure_seconds_per_call(
     cache: CompressorCache,
     weights: Weights,
     plans: Sequence[Plan],
-    implementation: str | None,
+    **attributes: Any,
 ) -> float:
     """Time of a program with all of a kind's calls in ``plans``, by the number of calls.
 
@@ -34,7 +35,7 @@ def measure_seconds_per_call(
 
     def replay(cache, kv_scores, weights, plans):
         def step(cache, plan):
-            return decode_layers(layers, cache, kv_scores, weights, plan, implementation), None
+            return call_layers(layers, cache, kv_scores, weights, plan, **attributes), None
 
         return jax.lax.scan(step, cache, plans)[0]
 
