@@ -1,8 +1,8 @@
 // A ragged batch (ragged.h) on an NVIDIA GPU: device code only.
 //
-// There are two kinds of task in one launch: a slot, which is a row of `kv_comp` and the window
-// that goes there, if there is one; and the end of a request, the rows of the window that it leaves
-// open. Nobody has counted anything before: the threads of a task find whose it is in `cu_q_lens`.
+// The work is cut into slots: a slot is a row of `kv_comp` and the window that goes there, if there
+// is one; and a request's last slot also has the rows of the window that it leaves open. Nobody has
+// counted anything before: the threads of a slot find whose it is in `cu_q_lens`.
 //
 // A thread has four channels. It takes new rows from kv_score, rounded as they are stored, and
 // those from before the call from the state; nothing waits for a store. Value of a window, per
@@ -31,16 +31,16 @@
 
 namespace jax_dsv4 {
 
-// The request of a task, and its new rows, begin <= row < end of kv_score. Negative index:
+// The request of a slot, and its new rows, begin <= row < end of kv_score. Negative index:
 // nobody's.
 struct Owner {
   int32_t index = -1, begin = 0, end = 0, length = 0;
 };
 
-// The last request that `starts(index, begin)` holds for, which is so for the first few of all, and
-// for none after them. Called by whole warps.
-template <class Starts>
-__device__ __forceinline__ Owner find_last(const RaggedParams& p, uint32_t group, Starts&& starts) {
+// The request whose window, if it completes one, has this slot: the last one whose first slot is
+// not behind it. Called by whole warps.
+template <class Config>
+__device__ __forceinline__ Owner find_owner(const RaggedParams& p, uint32_t group, int32_t slot) {
   const int32_t* const entries = p.cu_q_lens + group * p.cu_q_lens_stride;
   const int32_t* const lengths = p.kv_lens + group * p.kv_lens_stride;
   const int lane = threadIdx.x % 32, batch = p.batch;
@@ -61,7 +61,8 @@ __device__ __forceinline__ Owner find_last(const RaggedParams& p, uint32_t group
         if (lane >= offset) begin = max(begin, other);
       }
     }
-    const int number = __popc(__ballot_sync(~0u, i <= count && starts(i, begin)));
+    const bool is_before = i <= count && first_slot<Config>(i, begin) <= slot;
+    const int number = __popc(__ballot_sync(~0u, is_before));
     if (number > 0) {
       last.index = first + number - 1;
       last.begin = __shfl_sync(~0u, begin, number - 1);
@@ -71,17 +72,6 @@ __device__ __forceinline__ Owner find_last(const RaggedParams& p, uint32_t group
     if (number < 32) break;
   }
   return last.index < count ? last : Owner{};
-}
-
-// The request whose window, if it completes one, has this slot.
-template <class Config>
-__device__ __forceinline__ Owner find_owner(const RaggedParams& p, uint32_t group, int32_t slot) {
-  return find_last(p, group,
-                   [&](int i, int begin) { return first_slot<Config>(i, begin) <= slot; });
-}
-__device__ __forceinline__ Owner find_request(const RaggedParams& p, uint32_t group,
-                                              int32_t index) {
-  return find_last(p, group, [&](int i, int) { return i <= index; });
 }
 
 inline constexpr int kRaggedVector = 4;  // channels of a thread
@@ -103,9 +93,9 @@ struct Place {
   }
 };
 
-// New rows in shared memory, of which each thread has its own: it waits for nobody but itself. So
-// loops over rows need not be unrolled: what is executed once, and from one end to the other, takes
-// the time that its instructions take to arrive.
+// New rows in shared memory, of which each thread has its own: it waits for nobody but itself.
+// Loops over them need not be unrolled: code that is executed once, from one end to the other,
+// takes the time that its instructions take to arrive.
 template <class KvScore, int kRows, int kThreads>
 struct StagedRows {
   Vector<KvScore, kRaggedVector> parts[kRows][2][kThreads];
