@@ -121,11 +121,15 @@ def by_parts(kv_score, c, cache, tables, kv_lens, q_lens=None, implementation=No
             positions[b, m] = window * c.compress_ratio
             if 0 <= page < records.pool.shape[0]:
                 slots[b, m] = page * records.page_size + row
-    records = store_records(
-        values.reshape(-1, c.head_dim),
-        slots.ravel(),
-        positions.ravel(),
-        records,
+    values = values.reshape(-1, c.head_dim)
+    records = store_values(values, slots.ravel(), positions.ravel(), records, c, implementation)
+    return CompressorCache(state, records), np.sum(slots >= 0)
+
+
+def store_values(values, slots, positions, records, c, implementation):
+    """As a compressor makes its records."""
+    return store_records(
+        *(values, slots, positions, records),
         norm_weight=c.norm_weight,
         cos_sin_cache=c.cos_sin_cache,
         rms_norm_eps=c.rms_norm_eps,
@@ -134,7 +138,6 @@ def by_parts(kv_score, c, cache, tables, kv_lens, q_lens=None, implementation=No
         rounding=c.rounding,
         implementation=implementation,
     )
-    return CompressorCache(state, records), np.sum(slots >= 0)
 
 
 def check_equal(got, want):

@@ -23,6 +23,7 @@ from test_compressor import (
     make_compressor,
     make_layer,
     split_rows,
+    store_values,
 )
 from test_matrix import MESHES, MODES, in_mode
 
@@ -35,7 +36,6 @@ from jax_dsv4 import (
     ragged_kv_compress,
     ragged_records,
     ragged_windows,
-    store_records,
 )
 from jax_dsv4.compressor import ragged_records_of
 from jax_dsv4.ragged import RAGGED
@@ -100,16 +100,7 @@ def by_parts(rows, c, cache, tables, lens, cu, store_rows, implementation):
             positions[i], page = w * c.compress_ratio, tables.records[b, logical]
             if 0 <= page < records.pool.shape[0]:
                 slots[i] = page * records.page_size + row
-    records = store_records(
-        *(values, slots, positions, records),
-        norm_weight=c.norm_weight,
-        cos_sin_cache=c.cos_sin_cache,
-        rms_norm_eps=c.rms_norm_eps,
-        rope_layout=c.rope_layout,
-        hadamard=c.hadamard,
-        rounding=c.rounding,
-        implementation=implementation,
-    )
+    records = store_values(values, slots, positions, records, c, implementation)
     return CompressorCache(state, records), np.sum(slots >= 0)
 
 
