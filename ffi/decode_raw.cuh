@@ -88,6 +88,27 @@ struct Partial {
     }
   }
 
+  // Of these rows alone.
+  template <class State, int kRows>
+  __device__ static Partial of(const Vector<State, kSize> (&kv)[kRows],
+                               const Vector<State, kSize> (&score)[kRows]) {
+    Partial partial;
+#pragma unroll
+    for (int v = 0; v < kSize; ++v) {
+      float highest = to_f32(score[0].x[v]);
+#pragma unroll
+      for (int j = 1; j < kRows; ++j) highest = fmaxf(highest, to_f32(score[j].x[v]));
+      partial.max.x[v] = highest;
+#pragma unroll
+      for (int j = 0; j < kRows; ++j) {
+        const float weight = fast_exp(to_f32(score[j].x[v]) - finite(highest));
+        partial.sum.x[v] += weight;
+        partial.weighted.x[v] += weight * to_f32(kv[j].x[v]);
+      }
+    }
+    return partial;
+  }
+
   template <class State, int kRows>
   __device__ void add(const Vector<State, kSize> (&kv)[kRows],
                       const Vector<State, kSize> (&score)[kRows]) {

@@ -16,13 +16,15 @@ inline constexpr int64_t kMaxGridX = 2147483647, kMaxGridYZ = 65535;
 using MainKind = Kind<512, 4, true>;
 using IndexerKind = Kind<128, 4, true>;
 
-// Without clusters a chip runs the kernels that need none.
-inline bool has_clusters() {
-  int device = 0, has = 0;
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&has, cudaDevAttrClusterLaunch, device);
-  return has != 0;
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
 }
+
+// Without clusters a chip runs the kernels that need none.
+inline bool has_clusters() { return device_attribute(cudaDevAttrClusterLaunch) != 0; }
 
 template <class Kernel, class... Params>
 void launch_in_clusters(cudaStream_t stream, Kernel kernel, dim3 grid, int threads, int cluster,

@@ -93,17 +93,22 @@ struct Place {
   }
 };
 
-// New rows in shared memory, of which each thread has its own: it waits for nobody but itself.
-// Loops over them need not be unrolled: code that is executed once, from one end to the other,
-// takes the time that its instructions take to arrive.
+// New rows in shared memory, of which each thread has its own channels: it waits for nobody but
+// itself.
 template <class KvScore, int kRows, int kThreads>
 struct StagedRows {
   Vector<KvScore, kRaggedVector> parts[kRows][2][kThreads];
 
-  __device__ __forceinline__ void copy(bool condition, int row, const KvScore* kv,
-                                       const KvScore* score) {
-    copy_if<kRaggedVector>(condition, parts[row][0][threadIdx.x].x, kv);
-    copy_if<kRaggedVector>(condition, parts[row][1][threadIdx.x].x, score);
+  // Starts copies of rows begin <= row < end; `kv`: of row 0.
+  __device__ __forceinline__ void copy(int begin, int end, const KvScore* kv, int64_t row_size,
+                                       int64_t score_offset) {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const bool exists = row >= begin && row < end;
+      const KvScore* const from = kv + row * row_size;
+      copy_if<kRaggedVector>(exists, parts[row][0][threadIdx.x].x, from);
+      copy_if<kRaggedVector>(exists, parts[row][1][threadIdx.x].x, from + score_offset);
+    }
   }
   __device__ __forceinline__ RowVector<KvScore> operator[](int row) const {
     return {load<KvScore, kRaggedVector>(parts[row][0][threadIdx.x].x),
@@ -187,16 +192,17 @@ struct RaggedRows {
     if (r.ape != nullptr) bias = load<float, kRaggedVector>(r.ape + row * S + half * D + column);
     return bias;
   }
-  // Adds kCount rows as they are stored; those of the bits in `stored` are. bias_of(i): of row i;
+  // Adds kCount rows as they are stored; those of the bits in `stored` are. `biases`: of each row;
   // `place`: of the first one.
-  template <int kCount, class Bias>
-  __device__ __forceinline__ void add_whole(const RowVector<KvScore>* loaded, Bias&& bias_of,
+  template <int kCount, bool kAreFirst = false>
+  __device__ __forceinline__ void add_whole(const RowVector<KvScore>* loaded,
+                                            const Vector<float, kRaggedVector> (&biases)[kCount],
                                             int half, uint32_t stored, const Place& place,
                                             Partial<kRaggedVector>& partial) const {
     Vector<float, kRaggedVector> kv[kCount], score[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const auto bias = bias_of(i);
+      const auto& bias = biases[i];
       kv[i] = jax_dsv4::to_f32(loaded[i].kv);
       score[i] = jax_dsv4::to_f32(loaded[i].score);
 #pragma unroll
@@ -217,16 +223,25 @@ struct RaggedRows {
         if (stored >> i & 1) store_row(place + i, half, row);
       }
     }
-    partial.add(kv, score);
+    if constexpr (kAreFirst) {
+      partial = Partial<kRaggedVector>::of(kv, score);
+    } else {
+      partial.add(kv, score);
+    }
   }
   __device__ __forceinline__ RowVector<KvScore> load_new_if(bool condition,
                                                             const KvScore* kv) const {
     return {load_once_if(condition, kv, Vector<KvScore, kRaggedVector>{}),
             load_once_if(condition, kv + p.score_offset, Vector<KvScore, kRaggedVector>{})};
   }
-  __device__ __forceinline__ RowVector<KvScore> load_new(const KvScore* kv) const {
+  __device__ __forceinline__ static RowVector<KvScore> load_new(const KvScore* kv,
+                                                                int64_t score_offset) {
     return {load_once<KvScore, kRaggedVector>(kv),
-            load_once<KvScore, kRaggedVector>(kv + p.score_offset)};
+            load_once<KvScore, kRaggedVector>(kv + score_offset)};
+  }
+  // Whether the rows of kv_score are side by side.
+  __device__ __forceinline__ bool is_dense() const {
+    return p.row_size == 2 * S && p.score_offset == S;
   }
 
   // Rows of the state.
@@ -512,6 +527,9 @@ struct LongTile {
   static constexpr int kSlices = Config::kHeadDim / kColumns;
   static constexpr int kRowGroups = kThreads / kLanes;
   static constexpr int kRows = Config::kRatio / kRowGroups;
+  // New rows that a thread has on their way, in 64 registers.
+  static constexpr int kRowsAtOnce =
+      std::min<int>(kRows, 256 / sizeof(RowVector<typename Config::KvScore>));
   static constexpr int kMergers = std::min(kThreads / kColumns, 4);
   static constexpr int kPartialStride = 3 * kColumns + std::max(32 / kMergers, 4);
   static_assert(!Config::kOverlap, "long windows that overlap: no kernel");
@@ -526,10 +544,34 @@ struct LongWindow {
   using Rows = RaggedRows<Config, kFormat>;
   static constexpr int R = Config::kRatio, kVector = kRaggedVector;
 
-  union SharedPlan {
-    alignas(16) float partials[T::kRowGroups][T::kPartialStride];
-    // Of the rows of each row group, then of those before it: logsumexps and means.
-    alignas(16) float prefixes[T::kRowGroups][2][T::kColumns];
+  struct SharedPlan {
+    // Of a thread's rows of a window. A thread reads only what it has copied itself.
+    Vector<float, kVector> biases[T::kRows][T::kThreads];
+    union {
+      alignas(16) float partials[T::kRowGroups][T::kPartialStride];
+      // Of the rows of each row group, then of those before it: logsumexps and means.
+      alignas(16) float prefixes[T::kRowGroups][2][T::kColumns];
+    };
+
+    // Whether they are copied before it is known that a window needs them: not where requests bring
+    // so few rows that hardly a window is all new.
+    static __device__ __forceinline__ bool has_biases_early(const RaggedParams& p) {
+      return static_cast<uint32_t>(p.num_windows) >= 2 * p.batch;
+    }
+    __device__ __forceinline__ void copy_biases(const RaggedParams& p, uint32_t group, int column) {
+      const int row = threadIdx.x / T::kLanes * T::kRows;
+      const float* const ape =
+          p.ape == nullptr ? nullptr
+                           : p.ape + uint64_t{group * p.ape_stride} * (R * Config::kStateDim) +
+                                 row * Config::kStateDim + column;
+#pragma unroll
+      for (int j = 0; j < T::kRows; ++j) {
+        auto& bias = biases[j][threadIdx.x];
+        if (ape == nullptr) bias = {-0.0f, -0.0f, -0.0f, -0.0f};
+        copy_if<kVector>(ape != nullptr, bias.x, ape + j * Config::kStateDim);
+      }
+      commit_copies();
+    }
   };
 
   SharedPlan& smem;
@@ -549,18 +591,39 @@ struct LongWindow {
     Own own(rows, window * R + row_group * T::kRows);
     const auto* const kv = rows.new_kv(own.base, 0);
     if (__builtin_expect(rows.is_whole(window), 1)) {
-      RowVector<typename Config::KvScore> loaded[T::kRows];
+      using KvScore = typename Config::KvScore;
+      constexpr int kAtOnce = T::kRowsAtOnce;
+      RowVector<KvScore> loaded[kAtOnce];
+      const auto load = [&](int first, int64_t row_size, int64_t score_offset) {
 #pragma unroll
-      for (int j = 0; j < T::kRows; ++j)
-        loaded[j] = rows.load_new(kv + int64_t{j} * rows.p.row_size);
+        for (int j = 0; j < kAtOnce; ++j) {
+          loaded[j] = rows.load_new(kv + (first + j) * row_size, score_offset);
+        }
+      };
+      const auto load_from = [&](int first) {
+        if (rows.is_dense()) {
+          load(first, 2 * Config::kStateDim, Config::kStateDim);  // offsets are in the instructions
+        } else {
+          load(first, rows.p.row_size, rows.p.score_offset);
+        }
+      };
+      load_from(0);
       if (may_store) own.find_places();
       if (own.is_simple(may_store)) {
+        if (!smem.has_biases_early(rows.p)) smem.copy_biases(rows.p, blockIdx.z, rows.column);
         const uint32_t stored = may_store ? own.stored() : 0;
+        wait_for_copies<0>();  // of the biases
 #pragma unroll
-        for (int j = 0; j < T::kRows; j += 4) {
-          rows.template add_whole<4>(
-              loaded + j, [&](int i) { return rows.bias_at(row_group * T::kRows + j + i, 0); }, 0,
-              stored >> j & 15, own.first + j, partial);
+        for (int first = 0; first < T::kRows; first += kAtOnce) {
+          if (first > 0) load_from(first);
+#pragma unroll
+          for (int j = 0; j < kAtOnce; j += 4) {
+            Vector<float, kVector> biases[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) biases[i] = smem.biases[first + j + i][threadIdx.x];
+            rows.template add_whole<4>(loaded + j, biases, 0, stored >> (first + j) & 15,
+                                       own.first + (first + j), partial);
+          }
         }
         return;
       }
@@ -592,6 +655,7 @@ struct LongWindow {
     if constexpr (kFormat == StateFormat::kPrefix) {
       if (may_store) store_prefixes(own, fetch, counted, stored, open);
     }
+    wait_for_copies<0>();  // of the biases, before they are copied again
   }
 
   // Merges row after row what the row groups hold, and stores the rows that are to be stored.
@@ -671,7 +735,8 @@ struct RaggedLong {
 #pragma unroll 1
     for (int slice = is_alone ? 0 : block % T::kSlices;;) {
       const int slice_column = slice * T::kColumns;
-      const Rows rows(p, group, owner, slice_column + threadIdx.x % T::kLanes * kRaggedVector);
+      const int column = slice_column + threadIdx.x % T::kLanes * kRaggedVector;
+      const Rows rows(p, group, owner, column);
       const int32_t end = rows.r.end_window;
       const bool has_end = is_last && end * R < rows.length && rows.may_store(end);
       const int64_t out = (int64_t{group} * p.num_windows + slot) * D + slice_column;
@@ -698,6 +763,7 @@ struct RaggedLong {
             arrive_at_cluster();
           }
         }
+        if (smem.window.has_biases_early(p)) smem.window.copy_biases(p, group, column);
         Window part(smem.window, rows);
         part.add_rows(window);
         if (window == end) break;
@@ -751,142 +817,152 @@ struct RaggedLong {
 // has kWalkers.
 template <class Config>
 struct ShortTile {
+  static constexpr int R = Config::kRatio;
   static constexpr int kLanes = Config::kHeadDim / kRaggedVector;
   static constexpr int kWalkers = std::max(128 / kLanes, 1);
   static constexpr int kThreads = kLanes * kWalkers;
   static constexpr int kHalves = Config::kOverlap ? 2 : 1;
   static constexpr int kOwn = kHalves - 1;  // the half that a window adds to its own value
-  using Stage =
-      StagedRows<typename Config::KvScore, Config::kRatio * kHalves, kThreads>;  // of a window
+  // One half of a window's new rows.
+  using Unit = StagedRows<typename Config::KvScore, R, kThreads>;
   static_assert(kLanes % 32 == 0, "whole warps look for the request of a slot");
 };
 
+// What a CTA has in shared memory. A thread reads only what it has copied itself.
+template <class Config, int kUnits_>
+struct ShortPlan {
+  using T = ShortTile<Config>;
+  static constexpr int kUnits = kUnits_;
+
+  typename T::Unit units[kUnits];  // on their way, in the order in which they are added
+  // Of a thread's channels. The rows that stream through the L1 would leave none of them there.
+  Vector<float, kRaggedVector> biases[T::kHalves][T::R][T::kThreads];
+
+  __device__ __forceinline__ void copy_biases(const RaggedParams& p, uint32_t group, int column) {
+    const float* ape = p.ape;
+    if (ape != nullptr) ape += uint64_t{group * p.ape_stride} * (T::R * Config::kStateDim) + column;
+#pragma unroll
+    for (int half = 0; half < T::kHalves; ++half) {
+#pragma unroll
+      for (int row = 0; row < T::R; ++row) {
+        auto& bias = biases[half][row][threadIdx.x];
+        if (ape == nullptr) bias = {-0.0f, -0.0f, -0.0f, -0.0f};
+        copy_if<kRaggedVector>(ape != nullptr, bias.x,
+                               ape + row * Config::kStateDim + half * Config::kHeadDim);
+      }
+    }
+    commit_copies();
+  }
+};
+
 // The neighbouring windows of one request that a walker has, in one thread's channels.
-template <class Config, StateFormat kFormat, int kStages>
+template <class Config, StateFormat kFormat, class Plan>
 struct ShortWindows {
   using T = ShortTile<Config>;
   using Rows = RaggedRows<Config, kFormat>;
   using Own = Neighbours<Rows, Config::kRatio>;
   static constexpr int R = Config::kRatio, kVector = kRaggedVector, kOwn = T::kOwn;
+  static constexpr int kHalves = T::kHalves, kUnits = Plan::kUnits;
 
-  using Stages = typename T::Stage[kStages];
-
-  Stages& stages;
+  Plan& smem;
   const Rows& rows;
   // Windows first <= w < end are completed here. Where windows overlap, the one before them is
   // needed, too; and if `has_end`, the rows of the one after them are stored.
   const int32_t first, end;
   const bool has_end;
-
   // Of all of these.
-  __device__ __forceinline__ int32_t first_unit() const {
+  __device__ __forceinline__ int32_t first_needed() const {
     return first - (Config::kOverlap && first > 0 && first < end);
   }
-  __device__ __forceinline__ int32_t end_unit() const { return end + has_end; }
-
-  // Whether its first half is needed: for the next one, or to be stored.
-  __device__ __forceinline__ bool needs_first_half(int32_t window) const {
-    return window + 1 < end || (window >= first && rows.may_store(window));
-  }
-  // Starts copies of its new rows, if there is such a window.
-  __device__ __forceinline__ void stage(int32_t window, int number) const {
-    if (window < end_unit()) {
-      auto& to = stages[number];
-      const int32_t base = window * R;
-      const auto* const kv = rows.new_kv(base, 0);
-      const bool is_whole = rows.is_whole(window);
-      const auto copy = [&](int half) {
-#pragma unroll
-        for (int j = 0; j < R; ++j) {
-          const auto* const row = kv + int64_t{j} * rows.p.row_size + half * Config::kHeadDim;
-          to.copy(is_whole || rows.is_new(base + j), j + half * R, row, row + rows.p.score_offset);
-        }
-      };
-      if (window >= first) copy(kOwn);
-      if (Config::kOverlap && needs_first_half(window)) copy(0);
-    }
-    commit_copies();
-  }
-
-  // From `window` on to this one, there is nothing to a window but its value and what it adds to
-  // the next one's: all its rows are new, none is stored, and both halves are needed.
-  __device__ __forceinline__ int32_t plain_end(int32_t window) const {
-    const StoreRule& rule = rows.p.rule;
-    if (rule.all || window < first || window * R < rows.start) return window;
-    int64_t next = max(rows.length - rule.max_rewind, 0);  // as in may_store
-    if (rule.resumes) {
-      const Divisor& every = rule.resume_every;
-      next = min(next, (int64_t{window * R / every} + 1) * every.value);
-    }
-    return min(static_cast<int32_t>((next - 1) / R), end) - Config::kOverlap;
-  }
-  __device__ __forceinline__ void stage_plain(int32_t window, int number) const {
-    auto& to = stages[number];
-    const auto* kv = rows.new_kv(window * R, 0);
-#pragma unroll
-    for (int j = 0; j < R; ++j, kv += rows.p.row_size) {
-      const auto* const score = kv + rows.p.score_offset;
-#pragma unroll
-      for (int half = 0; half < T::kHalves; ++half) {
-        to.copy(true, j + half * R, kv + half * Config::kHeadDim, score + half * Config::kHeadDim);
-      }
-    }
-    commit_copies();
-  }
+  __device__ __forceinline__ int32_t end_needed() const { return end + has_end; }
 
   // For each window: has = start(whether it is completed here, window), early, and if it is,
   // emit(has, window, value).
   template <class Start, class Emit>
   __device__ __forceinline__ void run(Start&& start, Emit&& emit) const {
     Partial<kVector> before;  // what the last window adds to this one's value
-    const int32_t begin = first_unit(), stop = end_unit();
+    const int32_t begin = first_needed(), stop = end_needed();
 #pragma unroll 1
-    for (int i = 0; i < kStages - 1; ++i) stage(begin + i, i);
+    for (int i = 0; i < kUnits; ++i) copy(begin + i / kHalves, kOwn - i % kHalves, i);
     int32_t plain = begin;  // windows before this one are plain
-    int number = 0;         // of the stage
+    int number = 0;         // of the unit that is next
 #pragma unroll 1
     for (int32_t window = begin; window < stop; ++window) {
       if (window >= plain) plain = plain_end(window);
-      const int32_t ahead = window + kStages - 1;
-      const int into = number == 0 ? kStages - 1 : number - 1;
-      if (__builtin_expect(ahead < plain, 1)) {
-        stage_plain(ahead, into);
-      } else {
-        stage(ahead, into);
-      }
       const bool has_own = window >= first && window < end;
       const auto has = start(has_own, window);
       Partial<kVector> partial = before;  // of the value
       if (__builtin_expect(window < plain, 1)) {
-        wait_for_copies<kStages - 1>();
-        add_whole(number, kOwn, 0, Place{}, partial);
-        if (Config::kOverlap) {
-          before = {};
-          add_whole(number, 0, 0, Place{}, before);
+        add_plain<0>(number, window, has_own, partial);
+        if constexpr (Config::kOverlap) {
+          add_plain<1>(number, window, window + 1 < end, before);
         }
       } else {
         add_other(number, window, has_own, partial, before);
       }
       if (has_own) emit(has, window, value_of(partial));
-      if (++number == kStages) number = 0;
     }
-    wait_for_copies<0>();  // before the stages take other windows
+    wait_for_copies<0>();  // before the units take other windows
   }
 
  private:
-  // Of a window that is staged there: all rows, in one half.
-  __device__ __forceinline__ void add_whole(int number, int half, uint32_t stored,
-                                            const Place& place, Partial<kVector>& partial) const {
+  // Whether its first half is needed: for the next one, or to be stored.
+  __device__ __forceinline__ bool needs_first_half(int32_t window) const {
+    return window + 1 < end || (window >= first && rows.may_store(window));
+  }
+  // From `window` on to this one, all rows of a window are new, and none is stored.
+  __device__ __forceinline__ int32_t plain_end(int32_t window) const {
+    const StoreRule& rule = rows.p.rule;
+    if (rule.all || window * R < rows.start) return window;
+    int64_t next = max(rows.length - rule.max_rewind, 0);  // as in may_store
+    if (rule.resumes) {
+      const Divisor& every = rule.resume_every;
+      next = min(next, (int64_t{window * R / every} + 1) * every.value);
+    }
+    return min(static_cast<int32_t>((next - 1) / R) - Config::kOverlap, end);
+  }
+
+  // Starts copies of one half of a window's new rows, if there is such a window and they are
+  // needed.
+  __device__ __forceinline__ void copy(int32_t window, int half, int number) const {
+    // Past the last window this may wrap; nothing is copied then.
+    const auto base = static_cast<int32_t>(static_cast<uint32_t>(window) * R);
+    const bool is_needed =
+        window < end_needed() && (half == kOwn ? window >= first : needs_first_half(window));
+    smem.units[number].copy(max(rows.start - base, 0), is_needed ? rows.length - base : 0,
+                            rows.new_kv(base, half), rows.p.row_size, rows.p.score_offset);
+    commit_copies();
+  }
+  // Adds the unit that is next, the kPosition-th of a plain window, and starts copies of the one
+  // that takes its place.
+  template <int kPosition>
+  __device__ __forceinline__ void add_plain(int& number, int32_t window, bool is_needed,
+                                            Partial<kVector>& partial) const {
+    constexpr int kHalf = kOwn - kPosition;
+    constexpr int kAhead = (kPosition + kUnits) / kHalves;
+    constexpr int kHalfAhead = kOwn - (kPosition + kUnits) % kHalves;
+    wait_for_copies<kUnits - 1>();
     RowVector<typename Config::KvScore> row[R];
 #pragma unroll
-    for (int j = 0; j < R; ++j) row[j] = stages[number][half * R + j];
-    rows.template add_whole<R>(
-        row, [&](int j) { return rows.bias_at(j, half); }, half, stored, place, partial);
+    for (int j = 0; j < R; ++j) row[j] = smem.units[number][j];
+    copy(window + kAhead, kHalfAhead, number);
+    if (is_needed) add_whole<kPosition == 1>(row, kHalf, 0, Place{}, partial);
+    if (++number == kUnits) number = 0;
+  }
+  // Adds all rows of a window, in one half; kAreFirst: to nothing.
+  template <bool kAreFirst = false>
+  __device__ __forceinline__ void add_whole(const RowVector<typename Config::KvScore> (&row)[R],
+                                            int half, uint32_t stored, const Place& place,
+                                            Partial<kVector>& partial) const {
+    Vector<float, kVector> biases[R];
+#pragma unroll
+    for (int j = 0; j < R; ++j) biases[j] = smem.biases[half][j][threadIdx.x];
+    rows.template add_whole<R, kAreFirst>(row, biases, half, stored, place, partial);
   }
 
   // Of a window that is not plain: adds its rows to its own value, and stores those that are to be
   // stored; `before`: what it adds to the next one's value.
-  __device__ __forceinline__ void add_other(int number, int32_t window, bool has_own,
+  __device__ __forceinline__ void add_other(int& number, int32_t window, bool has_own,
                                             Partial<kVector>& partial,
                                             Partial<kVector>& before) const {
     const bool has_next = Config::kOverlap && window + 1 < end;
@@ -896,35 +972,49 @@ struct ShortWindows {
     const uint32_t stored = may_store ? own.stored() : 0;
     const bool is_simple = rows.is_whole(window) && own.is_simple(may_store || rows.p.rule.all);
     const uint32_t counted = is_simple ? 0 : own.counted();
-    wait_for_copies<kStages - 1>();
 #pragma unroll 1
-    for (int half = kOwn; half >= 0; --half) {
+    for (int position = 0; position < kHalves; ++position) {
+      const int half = kOwn - position;
       const bool is_for_value = half == kOwn && has_own;
       const bool is_for_next = Config::kOverlap && half == 0 && has_next;
-      if (!is_for_value && !is_for_next && stored == 0) continue;
-      Partial<kVector> sum;
-      if (Config::kOverlap && is_for_value) sum = partial;
-      if (is_simple) {
-        add_whole(number, half, stored, own.first, sum);
-      } else {
-        const auto fetch = [&](int j, bool) { return stages[number][half * R + j]; };
-        [[maybe_unused]] Prefix open[kVector];
-        if (own.first_new > 0) {
-          [[maybe_unused]] const auto row = own.add_old(half, sum);
-          if constexpr (kFormat == StateFormat::kPrefix) {
+      wait_for_copies<kUnits - 1>();
+      const auto& unit = smem.units[number];
+      if (is_for_value || is_for_next || stored != 0) {
+        Partial<kVector> sum;
+        if (Config::kOverlap && is_for_value) sum = partial;
+        if (is_simple) {
+          RowVector<typename Config::KvScore> row[R];
 #pragma unroll
-            for (int v = 0; v < kVector; ++v) {
-              open[v] = {to_f32(row.score.x[v]), to_f32(row.kv.x[v])};
-            }
-          }
+          for (int j = 0; j < R; ++j) row[j] = unit[j];
+          add_whole(row, half, stored, own.first, sum);
+        } else {
+          add_some(own, [&](int j, bool) { return unit[j]; }, half, counted, stored, sum);
         }
-        own.template add_new<R>(fetch, half, counted, stored, sum);
-        if constexpr (kFormat == StateFormat::kPrefix) {
-          own.store_prefixes(fetch, half, counted, stored, open);
+        if (is_for_value) partial = sum;
+        if (is_for_next) before = sum;
+      }
+      copy(window + (position + kUnits) / kHalves, kOwn - (position + kUnits) % kHalves, number);
+      if (++number == kUnits) number = 0;
+    }
+  }
+  // Of a window some of whose rows are old, or not there, or stored one by one.
+  template <class Fetch>
+  __device__ __forceinline__ void add_some(const Own& own, Fetch&& fetch, int half,
+                                           uint32_t counted, uint32_t stored,
+                                           Partial<kVector>& partial) const {
+    [[maybe_unused]] Prefix open[kVector];
+    if (own.first_new > 0) {
+      [[maybe_unused]] const auto row = own.add_old(half, partial);
+      if constexpr (kFormat == StateFormat::kPrefix) {
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) {
+          open[v] = {to_f32(row.score.x[v]), to_f32(row.kv.x[v])};
         }
       }
-      if (is_for_value) partial = sum;
-      if (is_for_next) before = sum;
+    }
+    own.template add_new<R>(fetch, half, counted, stored, partial);
+    if constexpr (kFormat == StateFormat::kPrefix) {
+      own.store_prefixes(fetch, half, counted, stored, open);
     }
   }
 };
@@ -934,10 +1024,12 @@ struct ShortWindows {
 template <class Config, StateFormat kFormat, bool kRecords>
 struct RaggedShort {
   using T = ShortTile<Config>;
-  // Of so many windows the new rows are on their way.
-  static constexpr int kStages =
-      std::clamp<int>((kRecords ? 40 * 1024 : 48 * 1024) / sizeof(typename T::Stage), 1, 4);
-  using Windows = ShortWindows<Config, kFormat, kStages>;
+  // What has room beside the biases, and records' exchange.
+  using Biases = decltype(ShortPlan<Config, 1>::biases);
+  static constexpr int kUnits = std::clamp<int>(
+      ((kRecords ? 47 : 48) * 1024 - sizeof(Biases)) / sizeof(typename T::Unit), 1, 4);
+  using Plan = ShortPlan<Config, kUnits>;
+  using Windows = ShortWindows<Config, kFormat, Plan>;
   using Rows = typename Windows::Rows;
   static constexpr int R = Config::kRatio, D = Config::kHeadDim;
   static constexpr int kThreads = T::kThreads, kMinCtas = kRecords ? 3 : 4;
@@ -955,13 +1047,10 @@ struct RaggedShort {
     }
     int cluster() const { return 1; }
   };
-  struct ValuePlan {
-    typename Windows::Stages stages;
-  };
-  struct RecordsPlan : ValuePlan {
+  struct RecordsPlan : Plan {
     Exchange records[T::kWalkers];
   };
-  using SharedPlan = std::conditional_t<kRecords, RecordsPlan, ValuePlan>;
+  using SharedPlan = std::conditional_t<kRecords, RecordsPlan, Plan>;
 
   static __device__ __forceinline__ void run(const Params& p, SharedPlan& smem, uint32_t block) {
     const uint32_t group = blockIdx.z;
@@ -970,8 +1059,10 @@ struct RaggedShort {
     const int column = lane * kRaggedVector;
     const int32_t end_slot = static_cast<int32_t>(
         min(int64_t{p.num_windows}, (int64_t{walker} + 1) * p.slots_per_walker));
+    int64_t from = int64_t{walker} * p.slots_per_walker;
+    if (from < end_slot) smem.copy_biases(p, group, column);  // waited for with the first unit
 #pragma unroll 1
-    for (int64_t from = int64_t{walker} * p.slots_per_walker; from < end_slot;) {
+    while (from < end_slot) {
       const auto slot = static_cast<int32_t>(from);
       const Owner owner = find_owner<Config>(p, group, slot);
       const Rows rows(p, group, owner, column);
@@ -984,7 +1075,7 @@ struct RaggedShort {
       const int32_t end = min(first + next - slot, end_window);
       const bool has_end =
           next == next_slot && end_window * R < rows.length && rows.may_store(end_window);
-      const Windows windows{smem.stages, rows, first, end, has_end};
+      const Windows windows{smem, rows, first, end, has_end};
       if constexpr (kRecords) {
         RecordMaker<D, Exchange> maker(p.result, smem.records[in_cta], lane);
         windows.run(

@@ -20,8 +20,21 @@ namespace jax_dsv4 {
 
 inline constexpr const char* kTooManyRows =
     "kv_score, cu_q_lens: too many rows, requests or groups for one launch";
+inline constexpr int64_t kMostSlotsOfWalker = 1024;
 inline constexpr const char* kWrongRaggedGeometry =
     "geometry: expected -1, or 0 for long windows, or 1 to 1024 slots of a walker for short ones";
+
+// How many slots each walker has, of a call that takes so many threads with one slot each: one
+// while all of their CTAs are on the chip at once, and else so many that kWalkerCtas on an SM are
+// all there are.
+template <class Body>
+int64_t slots_of_walker(int64_t threads) {
+  const int64_t on_sms =
+      int64_t{Body::kThreads} * std::max(device_attribute(cudaDevAttrMultiProcessorCount), 1);
+  if (threads <= Body::kMinCtas * on_sms) return 1;
+  const int64_t at_once = kWalkerCtas * on_sms;
+  return std::min((threads + at_once - 1) / at_once, kMostSlotsOfWalker);
+}
 
 // Calls visit(Body, params) for the kernel of a call; `geometry`: so many slots of a walker for
 // short windows, or our choice where it is negative. Returns what is wrong, or what `visit`
@@ -37,11 +50,9 @@ const char* visit_ragged_body(const RaggedParams& p, const ResultOf<kRecords>& r
   } else {
     using Body = RaggedShort<Config, kFormat, kRecords>;
     if (geometry < 0) {
-      const int64_t threads = int64_t{p.num_groups} * p.num_windows * Body::T::kLanes;
-      geometry = std::clamp<int64_t>((threads + kRaggedWalkerThreads - 1) / kRaggedWalkerThreads, 1,
-                                     kMostSlotsPerWalker);
+      geometry = slots_of_walker<Body>(int64_t{p.num_groups} * p.num_windows * Body::T::kLanes);
     }
-    if (geometry < 1 || geometry > 1024) return kWrongRaggedGeometry;
+    if (geometry < 1 || geometry > kMostSlotsOfWalker) return kWrongRaggedGeometry;
     return visit(Body{}, typename Body::Params(p, result, static_cast<int32_t>(geometry)));
   }
 }
@@ -107,11 +118,6 @@ inline const char* launch_ragged(cudaStream_t stream, const RaggedParams& p,
   });
 }
 
-template <class Body>
-typename Body::Params ragged_params_of(const RaggedRecordsCall& call) {
-  return {call.params, RecordParams(call.params.records, call.format, Body::D), 1};
-}
-
 // A layer's main compressor and its indexer's in one launch, if they are such a pair.
 inline bool launch_ragged_pair(cudaStream_t stream, const RaggedRecordsCall& a,
                                const RaggedRecordsCall& b) {
@@ -129,11 +135,15 @@ inline bool launch_ragged_pair(cudaStream_t stream, const RaggedRecordsCall& a,
     if (!is_of<Types>(main.selection) || !is_of<Types>(indexer.selection)) return false;
     using Main = Config<MainKind, Types>;
     using Indexer = Config<IndexerKind, Types>;
+    using Body = RaggedShort<Main, StateFormat::kRaw, true>;
+    constexpr int kLanes = Body::T::kLanes + ShortTile<Indexer>::kLanes;
+    const int64_t geometry =
+        slots_of_walker<Body>(int64_t{main.params.num_groups} * main.params.num_windows * kLanes);
     return visit_ragged_format<Indexer, true>(
-               indexer.params, indexer.state_format, records_of(indexer), -1,
+               indexer.params, indexer.state_format, records_of(indexer), geometry,
                [&](auto first, const auto& first_params) {
                  return visit_ragged_format<Main, true>(
-                     main.params, main.state_format, records_of(main), -1,
+                     main.params, main.state_format, records_of(main), geometry,
                      [&](auto second, const auto& second_params) -> const char* {
                        using First = decltype(first);
                        using Second = decltype(second);

@@ -91,9 +91,8 @@ struct RecordGeometriesOf<Kind<kHeadDim, 128, false>> {
                         UpTo<kAnyChannels, Geometry<16, 128, 8, 1>>>;
 };
 
-// Of a ragged batch, short windows: threads that should be there before any of them walks more than
-// one slot, and the most slots that one walks.
-inline constexpr int64_t kRaggedWalkerThreads = 132 * 512;
-inline constexpr int64_t kMostSlotsPerWalker = 32;
+// Of a ragged batch, short windows: so many CTAs of walkers are on an SM, all at once, and each walks
+// as many slots as that takes.
+inline constexpr int kWalkerCtas = 3;
 
 }  // namespace jax_dsv4

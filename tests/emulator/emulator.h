@@ -472,7 +472,8 @@ using cudaStream_t = void*;
 using cudaError_t = int;
 enum { cudaSuccess, cudaErrorNotReady, cudaErrorUnknown };
 enum { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
-enum { cudaDevAttrClusterLaunch, cudaLaunchAttributeClusterDimension };
+enum { cudaLaunchAttributeClusterDimension };
+enum cudaDeviceAttr { cudaDevAttrClusterLaunch, cudaDevAttrMultiProcessorCount };
 struct cudaLaunchAttribute {
   int id;
   struct {
@@ -496,7 +497,9 @@ inline cudaError_t cudaGetLastError() { return emulator::problem.empty() ? 0 : c
 inline const char* cudaGetErrorString(cudaError_t) { return emulator::problem.c_str(); }
 inline cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
 inline void cudaGetDevice(int*) {}
-inline void cudaDeviceGetAttribute(int* value, int, int) { *value = emulator::has_clusters; }
+inline void cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrClusterLaunch ? emulator::has_clusters : 1;
+}
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t size, int) {
   std::memcpy(to, from, size);
   return cudaSuccess;
