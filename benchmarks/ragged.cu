@@ -5,8 +5,8 @@
 //     ./ragged [case...]
 //
 // Cold: every launch of a graph has operands of its own, 2 GiB of them and more. D 512, kv_score
-// bf16, state f32, pages of 64 rows. Prints JSON lines, in microseconds; `geometry` as in
-// ragged_launch.cuh, -1: our choice.
+// and values bf16, state f32, pages of 64 rows. Prints JSON lines, in microseconds; `geometry` as
+// in ragged_launch.cuh, -1: our choice.
 
 #include <cuda_runtime.h>
 
@@ -201,7 +201,7 @@ void measure(const std::string& name, const Batch& batch, StateFormat format, bo
             calls, repeats,
             [&](cudaStream_t stream, Call<Config>& c) {
               const char* problem = launch_ragged<Config>(stream, c.params, format,
-                                                          {c.kv_comp.get(), false}, geometry);
+                                                          {c.kv_comp.get(), true}, geometry);
               if (problem != nullptr) std::printf("%s\n", problem);
             }));
   }
