@@ -979,21 +979,27 @@ struct ShortWindows {
       const bool is_for_next = Config::kOverlap && half == 0 && has_next;
       wait_for_copies<kUnits - 1>();
       const auto& unit = smem.units[number];
-      if (is_for_value || is_for_next || stored != 0) {
-        Partial<kVector> sum;
-        if (Config::kOverlap && is_for_value) sum = partial;
-        if (is_simple) {
-          RowVector<typename Config::KvScore> row[R];
+      const auto copy_next = [&] {
+        copy(window + (position + kUnits) / kHalves, kOwn - (position + kUnits) % kHalves, number);
+      };
+      Partial<kVector> sum;
+      if (Config::kOverlap && is_for_value) sum = partial;
+      if (is_simple) {
+        RowVector<typename Config::KvScore> row[R];
 #pragma unroll
-          for (int j = 0; j < R; ++j) row[j] = unit[j];
+        for (int j = 0; j < R; ++j) row[j] = unit[j];
+        copy_next();
+        if (is_for_value || is_for_next || stored != 0) {
           add_whole(row, half, stored, own.first, sum);
-        } else {
+        }
+      } else {
+        if (is_for_value || is_for_next || stored != 0) {
           add_some(own, [&](int j, bool) { return unit[j]; }, half, counted, stored, sum);
         }
-        if (is_for_value) partial = sum;
-        if (is_for_next) before = sum;
+        copy_next();
       }
-      copy(window + (position + kUnits) / kHalves, kOwn - (position + kUnits) % kHalves, number);
+      if (is_for_value) partial = sum;
+      if (is_for_next) before = sum;
       if (++number == kUnits) number = 0;
     }
   }

@@ -25,14 +25,14 @@ inline constexpr const char* kWrongRaggedGeometry =
     "geometry: expected -1, or 0 for long windows, or 1 to 1024 slots of a walker for short ones";
 
 // How many slots each walker has, of a call that takes so many threads with one slot each: one
-// while all of their CTAs are on the chip at once, and else so many that kWalkerCtas on an SM are
-// all there are.
+// while all of their CTAs are on the chip at once, and else so many that `ctas` of them on an SM
+// are all there are.
 template <class Body>
-int64_t slots_of_walker(int64_t threads) {
+int64_t slots_of_walker(int64_t threads, int ctas) {
   const int64_t on_sms =
       int64_t{Body::kThreads} * std::max(device_attribute(cudaDevAttrMultiProcessorCount), 1);
   if (threads <= Body::kMinCtas * on_sms) return 1;
-  const int64_t at_once = kWalkerCtas * on_sms;
+  const int64_t at_once = ctas * on_sms;
   return std::min((threads + at_once - 1) / at_once, kMostSlotsOfWalker);
 }
 
@@ -50,7 +50,8 @@ const char* visit_ragged_body(const RaggedParams& p, const ResultOf<kRecords>& r
   } else {
     using Body = RaggedShort<Config, kFormat, kRecords>;
     if (geometry < 0) {
-      geometry = slots_of_walker<Body>(int64_t{p.num_groups} * p.num_windows * Body::T::kLanes);
+      geometry = slots_of_walker<Body>(int64_t{p.num_groups} * p.num_windows * Body::T::kLanes,
+                                       p.rule.all ? Body::kMinCtas : kWalkerCtas);
     }
     if (geometry < 1 || geometry > kMostSlotsOfWalker) return kWrongRaggedGeometry;
     return visit(Body{}, typename Body::Params(p, result, static_cast<int32_t>(geometry)));
@@ -137,8 +138,8 @@ inline bool launch_ragged_pair(cudaStream_t stream, const RaggedRecordsCall& a,
     using Indexer = Config<IndexerKind, Types>;
     using Body = RaggedShort<Main, StateFormat::kRaw, true>;
     constexpr int kLanes = Body::T::kLanes + ShortTile<Indexer>::kLanes;
-    const int64_t geometry =
-        slots_of_walker<Body>(int64_t{main.params.num_groups} * main.params.num_windows * kLanes);
+    const int64_t geometry = slots_of_walker<Body>(
+        int64_t{main.params.num_groups} * main.params.num_windows * kLanes, kWalkerCtas);
     return visit_ragged_format<Indexer, true>(
                indexer.params, indexer.state_format, records_of(indexer), geometry,
                [&](auto first, const auto& first_params) {

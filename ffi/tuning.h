@@ -91,8 +91,8 @@ struct RecordGeometriesOf<Kind<kHeadDim, 128, false>> {
                         UpTo<kAnyChannels, Geometry<16, 128, 8, 1>>>;
 };
 
-// Of a ragged batch, short windows: so many CTAs of walkers are on an SM, all at once, and each walks
-// as many slots as that takes.
+// Of a ragged batch, short windows, most of whose rows are not stored: so many CTAs of walkers are
+// on an SM, all at once, and each walks as many slots as that takes.
 inline constexpr int kWalkerCtas = 3;
 
 }  // namespace jax_dsv4
