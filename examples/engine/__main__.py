@@ -56,11 +56,10 @@ def read_prompts(options: argparse.Namespace, vocab: int) -> list[list[int]]:
         return [[int(token) for token in line.split()] for line in lines if line.strip()]
     rng = np.random.default_rng(options.seed)
     lengths = rng.integers(1, options.prompt_tokens + 1, size=options.requests)
-    common = rng.integers(vocab, size=128)
-    prompts = [rng.integers(vocab, size=length) for length in lengths]
-    for prompt in prompts[1::2]:
-        prompt[: len(common)] = common[: len(prompt)]
-    return [prompt.tolist() for prompt in prompts]
+    common = rng.integers(vocab, size=128).tolist()
+    prompts = [rng.integers(vocab, size=length).tolist() for length in lengths]
+    longest = options.max_len - options.max_tokens
+    return [(common * (i % 2) + prompt)[:longest] for i, prompt in enumerate(prompts)]
 
 
 def check() -> int:
