@@ -8,6 +8,7 @@
 #     fuzz      random calls of decode_records beside the CPU's results, and random ragged batches
 #               beside float64; and under compute-sanitizer
 #     job       the main job, in both state formats
+#     engine    the example: a whole model's tokens, and what the compressors take of its steps
 #     measure   most of README's times, with the baselines and jnp beside; the indexer; layers
 #     records   the times of store_records, with jnp beside, and of its launches captured by hand
 #     fused     the times of decode_records, beside the calls that end in values
@@ -24,7 +25,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 part=${1:-}
 case "$part" in
-  test | sanitize | fuzz | job | measure | records | fused | ragged | vary | step | profile) ;;
+  test | sanitize | fuzz | job | engine | measure | records | fused | ragged | vary | step | profile) ;;
   *)
     sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' benchmarks/gpu.sh
     exit 2
@@ -144,6 +145,11 @@ run_job() {
   run job-raw python3 -m jax_dsv4
   run job-prefix python3 -m jax_dsv4 --state-format prefix
   run job-prompts python3 -m jax_dsv4 --prompt 300,2000,100000 --chunk 512
+}
+
+run_engine() {
+  run engine-check python3 -m examples.engine --check
+  run engine-bench python3 -m examples.engine --bench
 }
 
 # Dealt out: all in one part takes more than 8 minutes.

@@ -1,6 +1,8 @@
 """The devices that numerical tests run on."""
 
 import os
+import pathlib
+import sys
 
 # For the tests on meshes; before JAX starts.
 os.environ["XLA_FLAGS"] = (
@@ -9,6 +11,9 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import pytest
+
+# For examples/. Last: where jax_dsv4 is installed, the folder of its source is not under test.
+sys.path.append(str(pathlib.Path(__file__).parents[1]))
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ PAGES = (
     "docs/transforms.md",
     "docs/engine.md",
     "docs/prefill.md",
+    "docs/serving.md",
     "docs/troubleshooting.md",
     "docs/developing.md",
 )
