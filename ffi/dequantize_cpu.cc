@@ -35,8 +35,8 @@ ffi::Future dequantize_records(ffi::ThreadPool pool, ffi::RemainingArgs operands
   visit_record(call->format, call->head_dim,
                [&](auto record) { read_one = dequantize_record<decltype(record)>; });
   const int64_t count = int64_t{call->params.num_groups} * call->params.num_slots;
-  constexpr int64_t kLeastSlots = 32;  // a task costs as much
-  return share_among_threads(pool, call->params, count, kLeastSlots, read_one);
+  return share_among_threads(pool, call->params, count, threads_worth(count * call->head_dim),
+                             read_one);
 }
 
 }  // namespace

@@ -65,13 +65,26 @@ JAX_DSV4_HD float finite(float max) { return max > -kMaxFloat ? max : -kMaxFloat
 // The fastest form each platform has, to a few ulp. On a GPU each names its instructions, so that
 // the bits do not depend on where it is inlined: left to itself, the compiler contracts products
 // and sums in one place and not in another.
-JAX_DSV4_HD float fast_exp(float x) {
+JAX_DSV4_HD float fast_exp(float x) {  // x <= 0
 #ifdef __CUDA_ARCH__
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
   return result;
 #else
-  return std::exp(x);
+  // Within 1 ulp; 0 below -87. Plain arithmetic without a branch, which compilers vectorise.
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it loses its fraction
+  const float rounded = x * 1.4426950408889634f + kRound;
+  const float n = rounded - kRound;
+  const float r = (x - n * 0.693359375f) + n * 2.1219444005e-4f;  // x - n ln 2
+  float p = 1.3814532e-3f;  // of e^r = 1 + r + r^2 p(r): within 0.06 * 2^-24
+  p = p * r + 8.3687454e-3f;
+  p = p * r + 4.1668393e-2f;
+  p = p * r + 0.16666521f;
+  p = p * r + 0.49999994f;
+  p = p * (r * r) + r + 1.0f;
+  const uint32_t power = (bits_of(rounded) + 127) << 23;  // 2^n: kRound's own bits are shifted out
+  const uint32_t keep = x < -87.0f ? 0 : ~0u;
+  return float_of(bits_of(p * float_of(power)) & keep);
 #endif
 }
 JAX_DSV4_HD float fast_quotient(float x, float y) {  // 2^-126 <= |y| <= 2^126
