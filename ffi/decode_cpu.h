@@ -96,7 +96,6 @@ void reduce_window(const DecodeParams& p, const Request<Config>& r, int32_t wind
     rows[num_rows++] = {place.kv + half + channels.first, place.score + half + channels.first};
   }
   Softmax<D> softmax(channels.count);
-  softmax.take_scores(rows, num_rows);
   softmax.add(rows, num_rows);
   softmax.put(out + channels.first);
 }

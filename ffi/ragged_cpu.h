@@ -83,8 +83,6 @@ void reduce_rows(const RaggedParams& p, const RaggedRequest<Config>& r, uint32_t
       }
     }
     Softmax<D> softmax(D);
-    softmax.take_scores(old_rows, num_old);
-    softmax.take_scores(new_rows, num_new);
     softmax.add(old_rows, num_old);  // they come before the new ones
     softmax.add(new_rows, num_new);
     softmax.put(out);

@@ -58,10 +58,19 @@ void store_score(Row row, int count, typename Row::State* __restrict to) {
   for (int c = 0; c < count; ++c) to[c] = row.score_at(c);
 }
 
-// So many rows at once: what is kept of each channel then stays in a register for as long.
-inline constexpr int kRowsAtOnce = 4;
+inline constexpr int kChannelsAtOnce = 32;  // a multiple of every vector, and of a cache line
+inline constexpr int kRowsAtOnce = 4;  // what is kept of a channel stays in a register for as long
+inline constexpr int kBlockRows = 16;  // of a softmax
 
-// Of num_rows >= 1 rows, up to kRowsAtOnce.
+template <class T>
+void prefetch(const T* from) {
+  constexpr int kLine = 64, kToL2 = 2;
+  for (int i = 0; i < kChannelsAtOnce; i += kLine / sizeof(T)) {
+    __builtin_prefetch(from + i, /*rw=*/0, kToL2);
+  }
+}
+
+// The maximum with the scores of up to kRowsAtOnce rows.
 template <class Row>
 void take_max(const Row* rows, int num_rows, int count, float* __restrict max) {
   Row row[kRowsAtOnce];  // the last again, where there are fewer
@@ -76,21 +85,40 @@ void take_max(const Row* rows, int num_rows, int count, float* __restrict max) {
   }
 }
 
-template <class Row, int kRows>
-void add_weighted(const Row* rows, int count, const float* max, float* __restrict sum,
-                  float* __restrict weighted) {
-  Row row[kRows];
-  std::copy_n(rows, kRows, row);
+// Scales what was added so far to a new maximum.
+inline void rescale(const float* new_max, int count, float* __restrict max, float* __restrict sum,
+                    float* __restrict weighted) {
   for (int c = 0; c < count; ++c) {
-    const float subtracted = finite(max[c]);
-    float own_sum = sum[c], own_weighted = weighted[c];
+    const float scale = fast_exp(max[c] - finite(new_max[c]));
+    sum[c] *= scale;
+    weighted[c] *= scale;
+    max[c] = new_max[c];
+  }
+}
+
+// Adds kRows rows, while as many others, `ahead`, are on their way from memory.
+template <class Row, int kRows>
+void add_weighted(const Row* rows, const Row* ahead, int count, const float* max,
+                  float* __restrict sum, float* __restrict weighted) {
+  Row row[kRows], next[kRows];
+  std::copy_n(rows, kRows, row);
+  std::copy_n(ahead, kRows, next);
+  for (int first = 0; first < count; first += kChannelsAtOnce) {
     for (int i = 0; i < kRows; ++i) {
-      const float weight = fast_exp(to_f32(row[i].score_at(c)) - subtracted);
-      own_sum += weight;
-      own_weighted += weight * to_f32(row[i].kv_at(c));
+      prefetch(next[i].score + first);
+      prefetch(next[i].kv + first);
     }
-    sum[c] = own_sum;
-    weighted[c] = own_weighted;
+    for (int c = first; c < first + kChannelsAtOnce; ++c) {
+      const float subtracted = finite(max[c]);
+      float own_sum = sum[c], own_weighted = weighted[c];
+      for (int i = 0; i < kRows; ++i) {
+        const float weight = fast_exp(to_f32(row[i].score_at(c)) - subtracted);
+        own_sum += weight;
+        own_weighted += weight * to_f32(row[i].kv_at(c));
+      }
+      sum[c] = own_sum;
+      weighted[c] = own_weighted;
+    }
   }
 }
 
@@ -104,8 +132,7 @@ void divide(const float* sum, const float* weighted, int count, Out* __restrict 
 
 // --------------------------------------------------------------------------------------- softmax
 
-// Some rows of a window: per channel, the softmax of their scores times their kv. All rows' scores
-// come first, in any order, and then the rows in order, which is that of the sums.
+// Some rows of a window: per channel, the softmax of their scores times their kv.
 template <int D>
 class Softmax {
  public:
@@ -115,21 +142,27 @@ class Softmax {
     std::fill_n(weighted_, count, 0.0f);
   }
 
-  template <class Row>
-  void take_scores(const Row* rows, int num_rows) {
-    for (int i = 0; i < num_rows; i += kRowsAtOnce) {
-      vectorized<take_max<Row>>(rows + i, num_rows - i, count_, max_);
-    }
-  }
-
+  // In blocks, each of which is read once.
   template <class Row>
   void add(const Row* rows, int num_rows) {
-    int i = 0;
-    for (; i + kRowsAtOnce <= num_rows; i += kRowsAtOnce) {
-      vectorized<add_weighted<Row, kRowsAtOnce>>(rows + i, count_, max_, sum_, weighted_);
-    }
-    for (; i < num_rows; ++i) {
-      vectorized<add_weighted<Row, 1>>(rows + i, count_, max_, sum_, weighted_);
+    for (int begin = 0; begin < num_rows; begin += kBlockRows) {
+      const int end = std::min(begin + kBlockRows, num_rows);
+      std::copy_n(max_, count_, new_max_);
+      for (int i = begin; i < end; i += kRowsAtOnce) {
+        vectorized<take_max<Row>>(rows + i, end - i, count_, new_max_);
+      }
+      vectorized<rescale>(new_max_, count_, max_, sum_, weighted_);
+      for (int i = begin; i < end;) {
+        const bool several = i + kRowsAtOnce <= end;
+        const Row* ahead = rows + (i + kBlockRows + kRowsAtOnce <= num_rows ? i + kBlockRows : i);
+        if (several) {
+          vectorized<add_weighted<Row, kRowsAtOnce>>(rows + i, ahead, count_, max_, sum_,
+                                                     weighted_);
+        } else {
+          vectorized<add_weighted<Row, 1>>(rows + i, ahead, count_, max_, sum_, weighted_);
+        }
+        i += several ? kRowsAtOnce : 1;
+      }
     }
   }
 
@@ -141,7 +174,7 @@ class Softmax {
 
  private:
   int count_;
-  alignas(64) float max_[D], sum_[D], weighted_[D];
+  alignas(64) float max_[D], new_max_[D], sum_[D], weighted_[D];
 };
 
 // -------------------------------------------------------------------------------------- prefixes

@@ -30,7 +30,7 @@ struct Split {
 
   Split(int64_t num_requests, int64_t most_threads, int64_t work, int64_t least_head_dim)
       : num_threads(std::min(most_threads, threads_worth(work))) {
-    constexpr int64_t kPartsPerThread = 4, kLeastChannels = 32;
+    constexpr int64_t kPartsPerThread = 2, kLeastChannels = 32;
     if (num_threads < 2) return;
     while (num_requests * num_parts < kPartsPerThread * num_threads &&
            least_head_dim / num_parts > kLeastChannels) {
