@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 
@@ -18,22 +19,24 @@ inline ::xla::ffi::Future ready(::xla::ffi::Error error) {
   return future;
 }
 
-// How many threads so much work is worth: rows times channels that are merged, reduced or stored.
-// To wake a thread takes as long as some 10^4 of them.
-inline int64_t threads_worth(int64_t work) { return std::max<int64_t>(work >> 14, 1); }
+// How many threads so much work is worth: rows times channels that are reduced, or what takes as
+// long. To wake a thread takes the time of some 2^14 of them.
+inline int64_t threads_worth(int64_t work) { return std::max<int64_t>(work >> 15, 1); }
 
 // How the steps of so many requests are shared among threads: where requests are few, each comes in
-// parts of its channels.
+// parts of its channels, no more than it takes: wide ones are read faster.
 struct Split {
   int64_t num_threads;
   int num_parts = 1;
 
   Split(int64_t num_requests, int64_t most_threads, int64_t work, int64_t least_head_dim)
       : num_threads(std::min(most_threads, threads_worth(work))) {
-    constexpr int64_t kPartsPerThread = 2, kLeastChannels = 32;
+    constexpr int64_t kLeastChannels = 32;
     if (num_threads < 2) return;
-    while (num_requests * num_parts < kPartsPerThread * num_threads &&
-           least_head_dim / num_parts > kLeastChannels) {
+    const auto are_uneven = [&](int64_t parts) {
+      return parts < num_threads || (parts < 4 * num_threads && parts % num_threads != 0);
+    };
+    while (are_uneven(num_requests * num_parts) && least_head_dim / num_parts > kLeastChannels) {
       num_parts *= 2;
     }
   }
@@ -61,12 +64,13 @@ template <class Params>
     int64_t count, at_once;
     void (*run)(const Params&, int64_t);
     ::xla::ffi::CountDownPromise promise;
-    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> next{0}, done{0};
 
     void take() {
       for (int64_t begin; (begin = next.fetch_add(at_once)) < count;) {
         const int64_t end = std::min(begin + at_once, count);
         for (int64_t i = begin; i < end; ++i) run(params, i);
+        done.fetch_add(end - begin, std::memory_order_release);
         promise.CountDown(end - begin);
       }
     }
@@ -79,6 +83,13 @@ template <class Params>
     pool.Schedule([work] { work->take(); });
   }
   work->take();
+  // What others are at is soon done. Without the wait one of them would go on with the program, and
+  // would have to wake a third one for the next call: twice the time of a small one.
+  constexpr std::chrono::microseconds kLongestWait{50};
+  const auto end = std::chrono::steady_clock::now() + kLongestWait;
+  while (work->done.load(std::memory_order_acquire) < count &&
+         std::chrono::steady_clock::now() < end) {
+  }
   return future;
 }
 
