@@ -96,17 +96,21 @@ inline void rescale(const float* new_max, int count, float* __restrict max, floa
   }
 }
 
-// Adds kRows rows, while as many others, `ahead`, are on their way from memory.
+// Adds kRows rows, while as many others, `ahead`, are on their way from memory: each row at a time,
+// as memory is read fastest.
 template <class Row, int kRows>
 void add_weighted(const Row* rows, const Row* ahead, int count, const float* max,
                   float* __restrict sum, float* __restrict weighted) {
-  Row row[kRows], next[kRows];
+  Row row[kRows];
   std::copy_n(rows, kRows, row);
-  std::copy_n(ahead, kRows, next);
+  const int prefetches_per_row = count / kChannelsAtOnce;
+  int prefetched = 0;
   for (int first = 0; first < count; first += kChannelsAtOnce) {
-    for (int i = 0; i < kRows; ++i) {
-      prefetch(next[i].score + first);
-      prefetch(next[i].kv + first);
+    for (int i = 0; i < kRows; ++i, ++prefetched) {
+      const Row& next = ahead[prefetched / prefetches_per_row];
+      const int c = prefetched % prefetches_per_row * kChannelsAtOnce;
+      prefetch(next.score + c);
+      prefetch(next.kv + c);
     }
     for (int c = first; c < first + kChannelsAtOnce; ++c) {
       const float subtracted = finite(max[c]);
@@ -142,11 +146,12 @@ class Softmax {
     std::fill_n(weighted_, count, 0.0f);
   }
 
-  // In blocks, each of which is read once.
+  // In blocks, each of which is read from memory once. The first is small: nothing of it was
+  // fetched ahead.
   template <class Row>
   void add(const Row* rows, int num_rows) {
-    for (int begin = 0; begin < num_rows; begin += kBlockRows) {
-      const int end = std::min(begin + kBlockRows, num_rows);
+    for (int begin = 0, end = 0; begin < num_rows; begin = end) {
+      end = std::min(begin + (begin == 0 ? kRowsAtOnce : kBlockRows), num_rows);
       std::copy_n(max_, count_, new_max_);
       for (int i = begin; i < end; i += kRowsAtOnce) {
         vectorized<take_max<Row>>(rows + i, end - i, count_, new_max_);
