@@ -1,9 +1,10 @@
 """README's table of times, and plots, from measured JSON lines.
 
     python benchmarks/report.py benchmarks/h200.jsonl
+    python benchmarks/report.py benchmarks/cpu.jsonl
 
-Rewrites the table in README.md and the PNGs beside the results, which are of one card. Needs
-matplotlib.
+Rewrites the PNGs beside the results, which are of one card or one CPU, and of a card the table in
+README.md. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def read_rows(path: pathlib.Path) -> list[dict]:
 
 def read_calls(path: pathlib.Path) -> list[dict]:
     """Those of calls; of a point that was measured again, the last one counts."""
-    rows = read_rows(path)
+    rows = [row for row in read_rows(path) if "regime" in row]
     for row in rows:  # what older records leave out
         row.setdefault("overlap", row["ratio"] == 4)
     return rows
@@ -111,17 +112,20 @@ def plot(rows: list[dict], key: str, title: str, path: pathlib.Path) -> None:
 def main() -> None:
     path = pathlib.Path(sys.argv[1])
     rows = read_calls(path)
-    before, _, rest = README.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise SystemExit(f"README.md has no section between {BEGIN} and {END}")
-    README.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{after}")
+    is_card = "percent_of_read_ceiling" in rows[0]
+    if is_card:
+        before, _, rest = README.read_text().partition(BEGIN)
+        _, end, after = rest.partition(END)
+        if not end:
+            raise SystemExit(f"README.md has no section between {BEGIN} and {END}")
+        README.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{after}")
     what = f"{rows[0]['device']}, R 128, D 512, next_n 4, kv_score bf16, state f32"
     plot(rows, "us", f"us per call ({what})", path.with_name(f"{path.stem}_us.png"))
+    ceiling = "read" if is_card else "copy"
     plot(
         rows,
-        "percent_of_read_ceiling",
-        f"% of the read ceiling ({what})",
+        f"percent_of_{ceiling}_ceiling",
+        f"% of the {ceiling} ceiling ({what})",
         path.with_name(f"{path.stem}_percent.png"),
     )
 

@@ -1,4 +1,5 @@
-// The decode operation on a CPU: requests are shared among XLA's threads.
+// The decode operation on a CPU: requests, or parts of their channels, are shared among XLA's
+// threads.
 
 #include "decode_cpu.h"
 
@@ -15,19 +16,49 @@
 namespace jax_dsv4 {
 namespace {
 
-// Request `index` of G * B.
+struct Step {
+  DecodeParams params;
+  Split split;
+  void (*run)(const Step&, int64_t request, int part);
+};
+
+// Of request `index` of G * B.
+template <class Config>
+Request<Config> request_of(const DecodeParams& p, int64_t index) {
+  return request_at<Config>(p, index / p.batch, index % p.batch);
+}
+
 template <class Config, StateFormat kFormat>
-void decode_request(const DecodeParams& p, int64_t index) {
+void decode_request(const Step& step, int64_t index, int part) {
   using Out = typename Config::Out;
   constexpr int D = Config::kHeadDim;
-  const auto r = request_at<Config>(p, index / p.batch, index % p.batch);
+  const DecodeParams& p = step.params;
+  const Channels channels = step.split.channels(D, part);
   Out* out = static_cast<Out*>(p.kv_comp) + index * p.num_windows * D;
   Out* const end = out + int64_t{p.num_windows} * D;
-  step_request<Config, kFormat>(p, r, [&](int32_t, auto&& put) {
-    put(out);
-    out += D;
-  });
-  std::fill(out, end, round_to<Out>(0.0f));
+  step_request<Config, kFormat>(p, request_of<Config>(p, index), channels,
+                                [&](int32_t, auto&& put) {
+                                  put(out);
+                                  out += D;
+                                });
+  for (; out < end; out += D) {
+    std::fill_n(out + channels.first, channels.count, round_to<Out>(0.0f));
+  }
+}
+
+template <class Config, StateFormat kFormat>
+Step step_of(const DecodeParams& p, int64_t most_threads) {
+  const int64_t num_requests = int64_t{p.num_groups} * p.batch;
+  int64_t work = 0;
+  for (int64_t i = 0; i < num_requests && threads_worth(work) < most_threads; ++i) {
+    work += work_of<Config, kFormat>(request_of<Config>(p, i));
+  }
+  return {p, Split(num_requests, most_threads, work, Config::kHeadDim),
+          decode_request<Config, kFormat>};
+}
+
+void run_part(const Step& step, int64_t index) {
+  step.run(step, index / step.split.num_parts, index % step.split.num_parts);
 }
 
 ffi::Future decode(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::RemainingRets results,
@@ -35,18 +66,15 @@ ffi::Future decode(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::Remai
   const ffi::ErrorOr<DecodeCall> call = check_decode(operands, results, attributes);
   if (!call) return ready(call.error());
   if (call->empty) return ready(ffi::Error::Success());
-  void (*decode_one)(const DecodeParams&, int64_t) = nullptr;
+  Step (*make_step)(const DecodeParams&, int64_t) = nullptr;
   visit_config(call->selection, [&](auto config) {
-    using C = decltype(config);
-    decode_one = decode_request<C, StateFormat::kRaw>;
-    if constexpr (may_hold(kDTypeOf<typename C::State>, StateFormat::kPrefix)) {
-      if (call->state_format == StateFormat::kPrefix) {
-        decode_one = decode_request<C, StateFormat::kPrefix>;
-      }
-    }
+    visit_format<decltype(config)>(
+        call->state_format, [&](auto format) { make_step = step_of<decltype(config), format>; });
   });
+  const Step step = make_step(call->params, pool.num_threads());
   const int64_t num_requests = int64_t{call->params.num_groups} * call->params.batch;
-  return share_among_threads(pool, call->params, num_requests, 1, decode_one);
+  return share_among_threads(pool, step, num_requests * step.split.num_parts,
+                             step.split.num_threads, run_part);
 }
 
 }  // namespace

@@ -2,20 +2,22 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "config.h"
 #include "decode.h"
-#include "numeric.h"
-#include "prefix.h"
+#include "rows_cpu.h"
 
 namespace jax_dsv4 {
 
+// Where a row is kept.
 template <class State>
-struct Row {
+struct Place {
   State* kv;     // [S]; null: nowhere
   State* score;  // [S]; null: nowhere
+
+  bool exists() const { return kv != nullptr && score != nullptr; }
 };
 
 template <class Config>
@@ -25,142 +27,206 @@ auto find_row(const DecodeParams& p, const Request<Config>& r, int32_t position)
     const uint32_t row = r.row_at(p.paging, look_up(p.paging, table, position));
     return row == kNowhere ? nullptr : static_cast<State*>(pool) + int64_t{row} * Config::kStateDim;
   };
-  return Row<State>{find(p.kv, r.kv_table), find(p.score, r.score_table)};
+  return Place<State>{find(p.kv, r.kv_table), find(p.score, r.score_table)};
 }
 
-// Stores the new tokens' rows: kv, and score plus its bias, rounded once to the state's dtype.
-template <class Config>
-void write_rows(const DecodeParams& p, const Request<Config>& r) {
-  using State = typename Config::State;
-  constexpr int S = Config::kStateDim;
-  for (int t = std::max(0, -r.first_position); t < r.num_new; ++t) {
-    const int32_t position = r.first_position + t;
-    const auto* kv_in = r.kv_score + int64_t{t} * p.row_size;
-    const auto* score_in = scores_of<Config>(p, kv_in);
-    const float* ape = r.ape == nullptr ? nullptr : r.ape + (position % Config::kRatio) * S;
-    const auto [kv, score] = find_row(p, r, position);
-    if (kv != nullptr) {
-      for (int c = 0; c < S; ++c) kv[c] = round_to<State>(to_f32(kv_in[c]));
-    }
-    if (score != nullptr) {
-      for (int c = 0; c < S; ++c) {
-        const float raw = to_f32(score_in[c]);
-        score[c] = round_to<State>(ape == nullptr ? raw : raw + ape[c]);  // adding 0 loses -0
-      }
-    }
+// Calls use(std::bool_constant<whether there is a bias>): what a NewRow is depends on it.
+template <class Config, class Use>
+void visit_bias(const Request<Config>& r, Use&& use) {
+  if (r.ape == nullptr) {
+    use(std::false_type{});
+  } else {
+    use(std::true_type{});
   }
+}
+
+template <bool kHasBias, class Config>
+auto new_row(const DecodeParams& p, const Request<Config>& r, int32_t position) {
+  const auto* kv = r.kv_score + int64_t{position - r.first_position} * p.row_size;
+  const float* bias = kHasBias ? r.ape + (position % Config::kRatio) * Config::kStateDim : nullptr;
+  return NewRow<typename Config::KvScore, typename Config::State, kHasBias>{
+      kv, scores_of<Config>(p, kv), bias};
+}
+
+template <class Config>
+inline constexpr Channels kAllChannels = {0, Config::kHeadDim};
+
+// Calls use(c) with the first of them in each half of a row.
+template <class Config, class Use>
+void visit_halves(Channels channels, Use&& use) {
+  for (int c = channels.first; c < Config::kStateDim; c += Config::kHeadDim) use(c);
+}
+
+// Stores a row, whatever of its place exists.
+template <class Config, class Row>
+void store_row(const Row& row, const Place<typename Config::State>& place, Channels channels) {
+  visit_halves<Config>(channels, [&](int c) {
+    if (place.kv != nullptr) vectorized<store_kv<Row>>(row.at(c), channels.count, place.kv + c);
+    if (place.score != nullptr) {
+      vectorized<store_score<Row>>(row.at(c), channels.count, place.score + c);
+    }
+  });
+}
+
+// Stores the new tokens' rows.
+template <class Config>
+void write_rows(const DecodeParams& p, const Request<Config>& r, Channels channels) {
+  visit_bias(r, [&](auto has_bias) {
+    for (int t = std::max(0, -r.first_position); t < r.num_new; ++t) {
+      const int32_t position = r.first_position + t;
+      store_row<Config>(new_row<has_bias>(p, r, position), find_row(p, r, position), channels);
+    }
+  });
 }
 
 // Per channel, the softmax of a window's stored scores times its stored kv, into out [D].
 template <class Config>
 void reduce_window(const DecodeParams& p, const Request<Config>& r, int32_t window,
-                   typename Config::Out* out) {
-  using State = typename Config::State;
-  using Out = typename Config::Out;
+                   Channels channels, typename Config::Out* out) {
   constexpr int D = Config::kHeadDim;
-  Row<const State> rows[Config::kReducedRows];  // the window's columns of each
+  StoredRow<typename Config::State> rows[Config::kReducedRows];  // from the window's channels on
   int num_rows = 0;
   const int32_t end = (window + 1) * Config::kRatio;  // at most kv_len: no overflow
   for (int i = 0; i < Config::kReducedRows; ++i) {
     const int32_t position = end - Config::kReducedRows + i;
     if (position < 0) continue;  // the window before the first one
-    const auto [kv, score] = find_row(p, r, position);
-    if (kv == nullptr || score == nullptr) continue;
-    const int column = Config::kOverlap && i >= Config::kRatio ? D : 0;
-    rows[num_rows++] = {kv + column, score + column};
+    const auto place = find_row(p, r, position);
+    if (!place.exists()) continue;
+    const int half = Config::kOverlap && i >= Config::kRatio ? D : 0;
+    rows[num_rows++] = {place.kv + half + channels.first, place.score + half + channels.first};
   }
-  float max[D], sum[D] = {}, weighted[D] = {};
-  std::fill(max, max + D, kNegInf);
-  for (int i = 0; i < num_rows; ++i) {
-    for (int d = 0; d < D; ++d) max[d] = std::max(max[d], to_f32(rows[i].score[d]));
-  }
-  for (int d = 0; d < D; ++d) max[d] = finite(max[d]);
-  for (int i = 0; i < num_rows; ++i) {
-    for (int d = 0; d < D; ++d) {
-      const float weight = std::exp(to_f32(rows[i].score[d]) - max[d]);
-      sum[d] += weight;
-      weighted[d] += weight * to_f32(rows[i].kv[d]);
-    }
-  }
-  for (int d = 0; d < D; ++d) out[d] = round_to<Out>(sum[d] == 0 ? 0.0f : weighted[d] / sum[d]);
+  Softmax<D> softmax(channels.count);
+  softmax.add(rows, num_rows);
+  softmax.put(out + channels.first);
 }
 
-// A request's step on a raw state: stores its new rows, and calls emit(window, put) for each window
-// that they complete, oldest first; put(out) computes the window's value, into out [D].
+// A request's step on a raw state, of these channels: stores its new rows, and calls
+// emit(window, put) for each window that they complete, oldest first; put(out) computes the
+// window's value, into out [D].
 template <class Config, class Emit>
-void step_raw(const DecodeParams& p, const Request<Config>& r, Emit&& emit) {
-  write_rows(p, r);
+void step_raw(const DecodeParams& p, const Request<Config>& r, Channels channels, Emit&& emit) {
+  write_rows(p, r, channels);
   for (int32_t window = r.first_window; window < r.end_window; ++window) {
-    emit(window, [&](typename Config::Out* out) { reduce_window(p, r, window, out); });
+    emit(window, [&](typename Config::Out* out) { reduce_window(p, r, window, channels, out); });
   }
 }
 
-// Reads the first kChannels of the row at `position` of a state of prefixes; a row that is nowhere
-// holds none.
+// A prefix per channel of a row: of the whole of it, or of its first half.
 template <class Config, int kChannels>
-void read_row(const DecodeParams& p, const Request<Config>& r, int32_t position,
-              Prefix (&out)[kChannels]) {
-  const auto [kv, score] = find_row(p, r, position);
-  if (kv == nullptr || score == nullptr) return;
-  for (int c = 0; c < kChannels; ++c) out[c] = {score[c], kv[c]};
+struct Prefixes {
+  alignas(64) float lse[kChannels];
+  alignas(64) float mean[kChannels];
+
+  Prefixes() { clear(); }
+  void clear() {
+    std::fill_n(lse, kChannels, Prefix{}.lse);
+    std::fill_n(mean, kChannels, Prefix{}.mean);
+  }
+  // Calls use(c) as visit_halves does, for the halves that are here.
+  template <class Use>
+  static void visit(Channels channels, Use&& use) {
+    visit_halves<Config>(channels, [&](int c) {
+      if (c < kChannels) use(c);
+    });
+  }
+  // That of the row at `position` of the state; a row that is nowhere holds none.
+  void read(const DecodeParams& p, const Request<Config>& r, int32_t position, Channels channels) {
+    const auto place = find_row(p, r, position);
+    if (!place.exists()) return;
+    visit(channels, [&](int c) {
+      std::copy_n(place.score + c, channels.count, lse + c);
+      std::copy_n(place.kv + c, channels.count, mean + c);
+    });
+  }
+  template <class Row>
+  void merge(const Row& row, Channels channels) {
+    visit(channels,
+          [&](int c) { vectorized<merge_row<Row>>(row.at(c), channels.count, lse + c, mean + c); });
+  }
+  void copy_first_half(const Prefixes<Config, Config::kStateDim>& row) {
+    std::copy_n(row.lse, Config::kHeadDim, lse);
+    std::copy_n(row.mean, Config::kHeadDim, mean);
+  }
+  StoredRow<float> as_row() const { return {mean, lse}; }
+};
+
+// The value of a window of prefixes `own`; `before`: those of the one before it, where windows
+// overlap.
+template <class Config>
+void put_prefixes(const Prefixes<Config, Config::kHeadDim>& before,
+                  const Prefixes<Config, Config::kStateDim>& own, Channels channels,
+                  typename Config::Out* out) {
+  using Out = typename Config::Out;
+  const int first = channels.first, own_first = Config::kStateDim - Config::kHeadDim + first;
+  if constexpr (Config::kOverlap) {
+    vectorized<put_merged<Out>>(&before.lse[first], &before.mean[first], &own.lse[own_first],
+                                &own.mean[own_first], channels.count, out + first);
+  } else {
+    vectorized<put_value<Out>>(&own.lse[own_first], &own.mean[own_first], channels.count,
+                               out + first);
+  }
 }
 
 // The same on a state of prefixes, one token at a time: merges it into the prefix of its window,
 // stores that, and emits the window if it completes it. So a row's bits do not depend on which step
 // brought it.
 template <class Config, class Emit>
-void step_prefix(const DecodeParams& p, const Request<Config>& r, Emit&& emit) {
-  using Out = typename Config::Out;
-  constexpr int D = Config::kHeadDim, R = Config::kRatio, S = Config::kStateDim;
-  constexpr int kOwn = S - D;  // the first channel that a window contributes to its own value
-  Prefix open[S];              // of the window that the last token is in
-  Prefix before[D];            // the first half of the window before it, where windows overlap
+void step_prefix(const DecodeParams& p, const Request<Config>& r, Channels channels, Emit&& emit) {
+  constexpr int D = Config::kHeadDim, R = Config::kRatio;
+  Prefixes<Config, Config::kStateDim> open;  // of the window that the last token is in
+  Prefixes<Config, D> before;  // the first half of the window before it, where windows overlap
 
   const int first = std::max(0, -r.first_position);  // row of kv_score
   const int32_t start = r.first_position + first;    // its position
-  if (start % R != 0) read_row(p, r, start - 1, open);
-  if (Config::kOverlap && start >= R) read_row(p, r, start - start % R - 1, before);
+  if (start % R != 0) open.read(p, r, start - 1, channels);
+  if (Config::kOverlap && start >= R) before.read(p, r, start - start % R - 1, channels);
 
-  for (int t = first; t < r.num_new; ++t) {
-    const int32_t position = r.first_position + t;
-    if (position % R == 0) {
-      if (Config::kOverlap && t > first) std::copy_n(open, D, before);
-      std::fill(open, open + S, Prefix{});
-    }
-    const auto [kv, score] = find_row(p, r, position);
-    if (kv != nullptr && score != nullptr) {
-      const auto* kv_in = r.kv_score + int64_t{t} * p.row_size;
-      const auto* score_in = scores_of<Config>(p, kv_in);
-      const float* ape = r.ape == nullptr ? nullptr : r.ape + (position % R) * S;
-      for (int c = 0; c < S; ++c) {
-        const float biased = to_f32(score_in[c]) + (ape == nullptr ? 0.0f : ape[c]);
-        open[c] = merge(open[c], {biased, to_f32(kv_in[c])});
+  visit_bias(r, [&](auto has_bias) {
+    for (int t = first; t < r.num_new; ++t) {
+      const int32_t position = r.first_position + t;
+      if (position % R == 0) {
+        if (Config::kOverlap && t > first) before.copy_first_half(open);
+        open.clear();
       }
+      const auto place = find_row(p, r, position);
+      if (place.exists()) open.merge(new_row<has_bias>(p, r, position), channels);
+      store_row<Config>(open.as_row(), place, channels);
+      if (position % R != R - 1) continue;
+      emit(position / R,
+           [&](typename Config::Out* out) { put_prefixes<Config>(before, open, channels, out); });
     }
-    if (kv != nullptr) {
-      for (int c = 0; c < S; ++c) kv[c] = open[c].mean;
+  });
+}
+
+// Calls visit(std::integral_constant) for a state of this format.
+template <class Config, class Visit>
+void visit_format(StateFormat format, Visit&& visit) {
+  if constexpr (may_hold(kDTypeOf<typename Config::State>, StateFormat::kPrefix)) {
+    if (format == StateFormat::kPrefix) {
+      return visit(std::integral_constant<StateFormat, StateFormat::kPrefix>{});
     }
-    if (score != nullptr) {
-      for (int c = 0; c < S; ++c) score[c] = open[c].lse;
-    }
-    if (position % R != R - 1) continue;
-    emit(position / R, [&](Out* out) {
-      for (int d = 0; d < D; ++d) {
-        const Prefix own = open[kOwn + d];
-        out[d] = round_to<Out>(value_of(Config::kOverlap ? merge(before[d], own) : own));
-      }
-    });
   }
+  visit(std::integral_constant<StateFormat, StateFormat::kRaw>{});
 }
 
 // On a state of this format.
 template <class Config, StateFormat kFormat, class Emit>
-void step_request(const DecodeParams& p, const Request<Config>& r, Emit&& emit) {
+void step_request(const DecodeParams& p, const Request<Config>& r, Channels channels, Emit&& emit) {
   if constexpr (kFormat == StateFormat::kPrefix) {
-    step_prefix(p, r, emit);
+    step_prefix(p, r, channels, emit);
   } else {
-    step_raw(p, r, emit);
+    step_raw(p, r, channels, emit);
   }
+}
+
+// How much a request's step is, as threads_worth counts it.
+template <class Config, StateFormat kFormat>
+int64_t work_of(const Request<Config>& r) {
+  constexpr int kMerge = 4;  // times what a row of a raw state costs
+  const int64_t stored = int64_t{r.num_new} * Config::kStateDim;
+  if (kFormat == StateFormat::kPrefix) return kMerge * stored;
+  return stored +
+         int64_t{r.end_window - r.first_window} * (Config::kReducedRows * Config::kHeadDim);
 }
 
 }  // namespace jax_dsv4

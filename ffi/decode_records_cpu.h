@@ -44,7 +44,7 @@ template <class Config, StateFormat kFormat, class Store>
 void step_to_records(const DecodeRecordsParams& p, uint32_t group, uint32_t request,
                      Store&& store) {
   const auto r = request_at<Config>(p, group, request);
-  step_request<Config, kFormat>(p, r, [&](uint32_t window, auto&& put) {
+  step_request<Config, kFormat>(p, r, kAllChannels<Config>, [&](uint32_t window, auto&& put) {
     put_record<Config>(p.records, group, request, window, put,
                        [&](auto&&... record) { store(window, record...); });
   });

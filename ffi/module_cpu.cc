@@ -1,11 +1,13 @@
 // jax_dsv4._cpu: the CPU handlers, and the list of configurations as Python reads it.
 
+#include <algorithm>
 #include <iterator>
 
 #include "config.h"
 #include "module.h"
 #include "record_pool.h"
 #include "tuning.h"
+#include "vectorized.h"
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(PagedKvCompressCpu);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(StoreRecordsCpu);
@@ -53,6 +55,16 @@ NB_MODULE(_cpu, m) {
         nb::make_tuple(kRecordFormatNames[static_cast<int>(record.kFormat)], record.kHeadDim));
     return false;
   });
+  nb::list levels;
+  for (int level = 0; level <= static_cast<int>(best_vector_level()); ++level) {
+    levels.append(kVectorLevelNames[level]);
+  }
+  // By index of VECTOR_LEVELS. For tests: every level gives the same bits.
+  m.def("set_vector_level", [](int level) {
+    const int best = static_cast<int>(best_vector_level());
+    vector_level() = static_cast<VectorLevel>(std::clamp(level, 0, best));
+  });
+  m.attr("VECTOR_LEVELS") = levels;   // that this processor has, the lowest first
   m.attr("RECORDS") = records;        // (format, head_dim) of the compiled kernels
   m.attr("STATE_FORMATS") = formats;  // (name, dtypes of the state), by value of the attribute
   m.attr("KINDS") = kinds;            // (head_dim, compress_ratio, overlap, geometries)

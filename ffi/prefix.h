@@ -21,7 +21,8 @@ JAX_DSV4_HD float max_or_nan(float x, float y) {
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(y));
   return result;
 #else
-  return x > y || x != x ? x : y;
+  const float max = x > y ? x : y;  // y, if that is NaN
+  return x == x ? max : x;
 #endif
 }
 

@@ -39,16 +39,16 @@ ffi::Future ragged(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::Remai
   const ffi::ErrorOr<RaggedCall> call = check_ragged(operands, results, attributes);
   if (!call) return ready(call.error());
   if (call->empty) return ready(ffi::Error::Success());
-  void (*run)(const Batch&, int64_t) = nullptr;
-  visit_config(call->selection, [&](auto config) {
-    using C = decltype(config);
-    run = compress_piece<C, StateFormat::kRaw>;
-    if constexpr (may_hold(kDTypeOf<typename C::State>, StateFormat::kPrefix)) {
-      if (call->state_format == StateFormat::kPrefix) run = compress_piece<C, StateFormat::kPrefix>;
-    }
-  });
   const Batch batch = std::make_shared<RaggedBatch>(call->params);
-  return share_among_threads(pool, batch, batch->num_pieces(), 2, run);
+  void (*run)(const Batch&, int64_t) = nullptr;
+  int64_t work = 0;
+  visit_config(call->selection, [&](auto config) {
+    visit_format<decltype(config)>(call->state_format, [&](auto format) {
+      run = compress_piece<decltype(config), format>;
+      work = batch->work<decltype(config), format>();
+    });
+  });
+  return share_among_threads(pool, batch, batch->num_pieces(), threads_worth(work), run);
 }
 
 }  // namespace

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <cstdint>
 #include <thread>
@@ -12,40 +11,10 @@
 
 #include "config.h"
 #include "decode_cpu.h"
-#include "numeric.h"
-#include "prefix.h"
 #include "ragged.h"
+#include "rows_cpu.h"
 
 namespace jax_dsv4 {
-
-// exp(x) of x <= 0, within 1 ulp; 0 below -87. Plain arithmetic without a branch, which compilers
-// vectorise.
-inline float exp_of_negative(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it loses its fraction
-  const float rounded = x * 1.4426950408889634f + kRound;
-  const float n = rounded - kRound;
-  const float r = (x - n * 0.693359375f) + n * 2.1219444005e-4f;  // x - n ln 2
-  float p = 1.3814532e-3f;  // of e^r = 1 + r + r^2 p(r): within 0.06 * 2^-24
-  p = p * r + 8.3687454e-3f;
-  p = p * r + 4.1668393e-2f;
-  p = p * r + 0.16666521f;
-  p = p * r + 0.49999994f;
-  p = p * (r * r) + r + 1.0f;
-  const uint32_t power = (bits_of(rounded) + 127) << 23;  // 2^n: kRound's own bits are shifted out
-  const uint32_t keep = x < -87.0f ? 0 : ~0u;
-  return float_of(bits_of(p * float_of(power)) & keep);
-}
-
-// A bias that changes nothing: adding +0 would lose the sign of -0.
-template <int kSize>
-const float* no_bias() {
-  static const auto values = [] {
-    std::array<float, kSize> zeros;
-    zeros.fill(-0.0f);
-    return zeros;
-  }();
-  return values.data();
-}
 
 // A request of a ragged batch.
 template <class Config>
@@ -81,53 +50,11 @@ RaggedRequest<Config> find_request(const RaggedParams& p, const int32_t* starts,
   return r;
 }
 
-// A new row, as it is or would be stored.
-template <class Config>
-struct NewRow {
-  using State = typename Config::State;
-  const typename Config::KvScore *kv, *score;  // [S]
-  const float* bias;                           // [S]
-
-  NewRow(const RaggedParams& p, const RaggedRequest<Config>& r, int32_t position)
-      : kv(r.kv_score + int64_t{position - r.first_position} * p.row_size),
-        score(scores_of<Config>(p, kv)),
-        bias(r.ape == nullptr ? no_bias<Config::kStateDim>()
-                              : r.ape + (position % Config::kRatio) * Config::kStateDim) {}
-
-  State kv_at(int c) const { return round_to<State>(to_f32(kv[c])); }
-  State score_at(int c) const { return round_to<State>(to_f32(score[c]) + bias[c]); }
-};
-
 // Whether a new row counts in its window.
 template <class Config>
 bool counts(const RaggedParams& p, const RaggedRequest<Config>& r, int32_t position) {
   if (!p.rule.all) return true;
-  const auto [kv, score] = find_row(p, r, position);
-  return kv != nullptr && score != nullptr;
-}
-
-// Calls use(row, column) for each row that counts in the value of `window`, which is finished: a
-// NewRow, or a row of the state. `column`: the first of its channels.
-template <class Config, class Use>
-void visit_rows(const RaggedParams& p, const RaggedRequest<Config>& r, uint32_t window, Use&& use) {
-  constexpr int R = Config::kRatio, kRows = Config::kReducedRows;
-  struct OldRow {
-    Row<const typename Config::State> row;
-    auto kv_at(int c) const { return row.kv[c]; }
-    auto score_at(int c) const { return row.score[c]; }
-  };
-  const int32_t end = (window + 1) * R;  // at most kv_len: no overflow
-  for (int i = 0; i < kRows; ++i) {
-    const int32_t position = end - kRows + i;
-    const int column = Config::kOverlap && i >= R ? Config::kHeadDim : 0;
-    if (position < 0) continue;  // the window before the first one
-    if (r.is_new(position)) {
-      if (counts(p, r, position)) use(NewRow<Config>(p, r, position), column);
-    } else {
-      const auto [kv, score] = find_row(p, r, position);
-      if (kv != nullptr && score != nullptr) use(OldRow{{kv, score}}, column);
-    }
-  }
+  return find_row(p, r, position).exists();
 }
 
 // The value of a finished window whose old rows, if any, are raw: per channel, the softmax of the
@@ -135,25 +62,31 @@ void visit_rows(const RaggedParams& p, const RaggedRequest<Config>& r, uint32_t 
 template <class Config>
 void reduce_rows(const RaggedParams& p, const RaggedRequest<Config>& r, uint32_t window,
                  typename Config::Out* out) {
-  using Out = typename Config::Out;
-  constexpr int D = Config::kHeadDim;
-  float max[D], sum[D] = {}, weighted[D] = {};
-  std::fill(max, max + D, kNegInf);
-  visit_rows(p, r, window, [&](const auto& row, int column) {
-    for (int d = 0; d < D; ++d) {
-      const float score = to_f32(row.score_at(column + d));
-      max[d] = max[d] < score ? score : max[d];
+  constexpr int D = Config::kHeadDim, R = Config::kRatio, kRows = Config::kReducedRows;
+  visit_bias(r, [&](auto has_bias) {
+    // From the window's channels on.
+    StoredRow<typename Config::State> old_rows[kRows];
+    NewRow<typename Config::KvScore, typename Config::State, has_bias> new_rows[kRows];
+    int num_old = 0, num_new = 0;
+    const int32_t end = (window + 1) * R;  // at most kv_len: no overflow
+    for (int i = 0; i < kRows; ++i) {
+      const int32_t position = end - kRows + i;
+      const int half = Config::kOverlap && i >= R ? D : 0;
+      if (position < 0) continue;  // the window before the first one
+      if (r.is_new(position)) {
+        if (counts(p, r, position)) {
+          new_rows[num_new++] = new_row<has_bias>(p, r, position).at(half);
+        }
+      } else {
+        const auto place = find_row(p, r, position);
+        if (place.exists()) old_rows[num_old++] = {place.kv + half, place.score + half};
+      }
     }
+    Softmax<D> softmax(D);
+    softmax.add(old_rows, num_old);  // they come before the new ones
+    softmax.add(new_rows, num_new);
+    softmax.put(out);
   });
-  for (int d = 0; d < D; ++d) max[d] = finite(max[d]);
-  visit_rows(p, r, window, [&](const auto& row, int column) {
-    for (int d = 0; d < D; ++d) {
-      const float weight = exp_of_negative(to_f32(row.score_at(column + d)) - max[d]);
-      sum[d] += weight;
-      weighted[d] += weight * to_f32(row.kv_at(column + d));
-    }
-  });
-  for (int d = 0; d < D; ++d) out[d] = round_to<Out>(sum[d] == 0 ? 0.0f : weighted[d] / sum[d]);
 }
 
 // The positions of a window's new rows.
@@ -171,34 +104,27 @@ struct NewPositions {
 template <class Config, class Emit>
 void run_raw(const RaggedParams& p, const RaggedRequest<Config>& r, uint32_t begin, uint32_t end,
              Emit&& emit) {
-  using State = typename Config::State;
-  constexpr int S = Config::kStateDim;
   for (uint32_t window = begin; window < end && window < r.end_window; ++window) {
     emit(window, [&](typename Config::Out* out) { reduce_rows(p, r, window, out); });
   }
   const int32_t last = NewPositions(r, end - 1).end;
-  for (int32_t position = NewPositions(r, begin).begin; position < last; ++position) {
-    if (!is_stored<Config, StateFormat::kRaw>(p.rule, position, r.length)) continue;
-    const NewRow<Config> row(p, r, position);
-    const Row<State> place = find_row(p, r, position);
-    if (place.kv != nullptr) {
-      for (int c = 0; c < S; ++c) place.kv[c] = row.kv_at(c);
+  visit_bias(r, [&](auto has_bias) {
+    for (int32_t position = NewPositions(r, begin).begin; position < last; ++position) {
+      if (!is_stored<Config, StateFormat::kRaw>(p.rule, position, r.length)) continue;
+      store_row<Config>(new_row<has_bias>(p, r, position), find_row(p, r, position),
+                        kAllChannels<Config>);
     }
-    if (place.score != nullptr) {
-      for (int c = 0; c < S; ++c) place.score[c] = row.score_at(c);
-    }
-  }
+  });
 }
 
-// Merges the first kChannels of a new row into the prefix of those before it.
+// Merges a new row into the prefixes of those before it, if it counts.
 template <class Config, int kChannels>
-void merge_row(const RaggedParams& p, const RaggedRequest<Config>& r, int32_t position,
-               Prefix (&prefix)[kChannels]) {
+void merge_new_row(const RaggedParams& p, const RaggedRequest<Config>& r, int32_t position,
+                   Prefixes<Config, kChannels>& prefixes) {
   if (!counts(p, r, position)) return;
-  const NewRow<Config> row(p, r, position);
-  for (int c = 0; c < kChannels; ++c) {
-    prefix[c] = merge(prefix[c], {row.score_at(c), row.kv_at(c)});
-  }
+  visit_bias(r, [&](auto has_bias) {
+    prefixes.merge(new_row<has_bias>(p, r, position), kAllChannels<Config>);
+  });
 }
 
 // The same on a state of prefixes. What is stored is merged one token at a time, so that a row's
@@ -207,19 +133,19 @@ template <class Config, class Emit>
 void run_prefix(const RaggedParams& p, const RaggedRequest<Config>& r, uint32_t begin, uint32_t end,
                 Emit&& emit) {
   using Out = typename Config::Out;
-  constexpr int D = Config::kHeadDim, R = Config::kRatio, S = Config::kStateDim;
-  constexpr int kOwn = S - D;  // the first channel that a window contributes to its own value
+  constexpr int D = Config::kHeadDim, R = Config::kRatio;
   constexpr bool kOverlap = Config::kOverlap;
+  constexpr Channels kAll = kAllChannels<Config>;
   const auto is_row_stored = [&](int32_t position) {
     return is_stored<Config, StateFormat::kPrefix>(p.rule, position, r.length);
   };
-  Prefix open[S];           // of the window
-  Prefix before[D];         // the first half of the one before it, where windows overlap
-  bool has_before = false;  // whether `before` is there
+  Prefixes<Config, Config::kStateDim> open;  // of the window
+  Prefixes<Config, D> before;  // the first half of the one before it, where windows overlap
+  bool has_before = false;     // whether `before` is there
   const int32_t first = int64_t{begin} * R;
   if (begin == r.first_window && r.start > 0) {
-    if (r.start != first) read_row(p, r, r.start - 1, open);
-    if (kOverlap && first > 0) read_row(p, r, first - 1, before);
+    if (r.start != first) open.read(p, r, r.start - 1, kAll);
+    if (kOverlap && first > 0) before.read(p, r, first - 1, kAll);
     has_before = true;
   }
   for (uint32_t window = begin; window < end; ++window) {
@@ -234,30 +160,18 @@ void run_prefix(const RaggedParams& p, const RaggedRequest<Config>& r, uint32_t 
       continue;
     }
     if (kOverlap && !has_before) {
-      std::fill(before, before + D, Prefix{});
-      for (int64_t q = first_read; q < rows.begin; ++q) merge_row(p, r, q, before);
+      before.clear();
+      for (int64_t q = first_read; q < rows.begin; ++q) merge_new_row(p, r, q, before);
     }
-    if (rows.begin % R == 0) std::fill(open, open + S, Prefix{});
+    if (rows.begin % R == 0) open.clear();
     for (int32_t q = rows.begin; q < rows.end; ++q) {
-      merge_row(p, r, q, open);
-      if (!is_row_stored(q)) continue;
-      const auto [kv, score] = find_row(p, r, q);
-      if (kv != nullptr) {
-        for (int c = 0; c < S; ++c) kv[c] = open[c].mean;
-      }
-      if (score != nullptr) {
-        for (int c = 0; c < S; ++c) score[c] = open[c].lse;
-      }
+      merge_new_row(p, r, q, open);
+      if (is_row_stored(q)) store_row<Config>(open.as_row(), find_row(p, r, q), kAll);
     }
     if (is_finished) {
-      emit(window, [&](Out* out) {
-        for (int d = 0; d < D; ++d) {
-          const Prefix own = open[kOwn + d];
-          out[d] = round_to<Out>(value_of(kOverlap ? merge(before[d], own) : own));
-        }
-      });
+      emit(window, [&](Out* out) { put_prefixes<Config>(before, open, kAll, out); });
     }
-    if (kOverlap) std::copy_n(open, D, before);
+    if (kOverlap) before.copy_first_half(open);
     has_before = true;
   }
 }
@@ -300,6 +214,19 @@ class RaggedBatch {
 
   const RaggedParams& params() const { return params_; }
   int64_t num_pieces() const { return params_.num_groups * pieces_per_group_; }
+
+  // How much all of it is, as threads_worth counts it.
+  template <class Config, StateFormat kFormat>
+  int64_t work() const {
+    int64_t work = 0;
+    for (uint32_t group = 0; group < params_.num_groups; ++group) {
+      for (uint32_t index = 0; index < params_.batch; ++index) {
+        work +=
+            work_of<Config, kFormat>(find_request<Config>(params_, starts_of(group), group, index));
+      }
+    }
+    return work;
+  }
 
   // Calls emit(group, request, window, put) for each window that the piece's requests finish.
   template <class Config, StateFormat kFormat, class Emit>

@@ -24,6 +24,7 @@ struct Work {
   RecordTarget records;
   void (*run)(Work&, int64_t piece);
   StoreRecord store;
+  int64_t amount = 0;  // as threads_worth counts it
 
   explicit Work(const RaggedRecordsCall& call);
 };
@@ -45,10 +46,10 @@ Work::Work(const RaggedRecordsCall& call)
   visit_config(call.selection, [&](auto config) {
     using C = decltype(config);
     if constexpr (std::is_same_v<typename C::Out, f32>) {
-      run = run_piece<C, StateFormat::kRaw>;
-      if constexpr (may_hold(kDTypeOf<typename C::State>, StateFormat::kPrefix)) {
-        if (call.state_format == StateFormat::kPrefix) run = run_piece<C, StateFormat::kPrefix>;
-      }
+      visit_format<C>(call.state_format, [&](auto format) {
+        run = run_piece<C, format>;
+        amount = batch.work<C, format>();
+      });
     }
   });
 }
@@ -69,13 +70,14 @@ ffi::Future ragged_records(ffi::ThreadPool pool, ffi::RemainingArgs operands,
   if (!calls) return ready(calls.error());
   if (calls->empty) return ready(ffi::Error::Success());
   Works works;
-  int64_t most_pieces = 0;
+  int64_t most_pieces = 0, amount = 0;
   for (const RaggedRecordsCall& call : calls->each) {
     works.push_back(std::make_shared<Work>(call));
     most_pieces = std::max(most_pieces, works.back()->batch.num_pieces());
+    amount += works.back()->amount;
   }
   const int64_t count = most_pieces * static_cast<int64_t>(works.size());
-  return share_among_threads(pool, works, count, 2, run_piece_of_all);
+  return share_among_threads(pool, works, count, threads_worth(amount), run_piece_of_all);
 }
 
 }  // namespace

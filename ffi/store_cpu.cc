@@ -47,8 +47,8 @@ ffi::Future store_records(ffi::ThreadPool pool, ffi::RemainingArgs operands,
   visit_record(call->format, call->head_dim,
                [&](auto record) { store_one = store_record<record.kFormat, record.kHeadDim>; });
   const int64_t count = int64_t{call->params.num_groups} * call->params.num_values;
-  constexpr int64_t kLeastValues = 32;  // a task costs as much
-  return share_among_threads(pool, call->params, count, kLeastValues, store_one);
+  return share_among_threads(pool, call->params, count, threads_worth(count * call->head_dim),
+                             store_one);
 }
 
 }  // namespace

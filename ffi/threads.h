@@ -2,8 +2,12 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstdint>
+#include <memory>
 
+#include "rows_cpu.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_dsv4 {
@@ -15,27 +19,76 @@ inline ::xla::ffi::Future ready(::xla::ffi::Error error) {
   return future;
 }
 
-// Runs `run(params, i)` for each i below `count`, in a few tasks per thread, of at least so many;
-// the future completes with the last. What is one task only runs at once.
+// How many threads so much work is worth: rows times channels that are reduced, or what takes as
+// long. To wake a thread takes the time of some 2^14 of them.
+inline int64_t threads_worth(int64_t work) { return std::max<int64_t>(work >> 15, 1); }
+
+// How the steps of so many requests are shared among threads: where requests are few, each comes in
+// parts of its channels, no more than it takes: wide ones are read faster.
+struct Split {
+  int64_t num_threads;
+  int num_parts = 1;
+
+  Split(int64_t num_requests, int64_t most_threads, int64_t work, int64_t least_head_dim)
+      : num_threads(std::min(most_threads, threads_worth(work))) {
+    constexpr int64_t kLeastChannels = 32;
+    if (num_threads < 2) return;
+    const auto are_uneven = [&](int64_t parts) {
+      return parts < num_threads || (parts < 4 * num_threads && parts % num_threads != 0);
+    };
+    while (are_uneven(num_requests * num_parts) && least_head_dim / num_parts > kLeastChannels) {
+      num_parts *= 2;
+    }
+  }
+  Channels channels(int head_dim, int part) const {
+    const int count = head_dim / num_parts;
+    return {part * count, count};
+  }
+};
+
+// Runs `run(params, i)` for each i below `count`, in any order, by up to `most_threads` threads;
+// the future completes with the last. The calling thread is one of them: what it has done before
+// another one is awake costs nothing, and little work is done at once.
 template <class Params>
 ::xla::ffi::Future share_among_threads(::xla::ffi::ThreadPool pool, const Params& params,
-                                       int64_t count, int64_t least,
+                                       int64_t count, int64_t most_threads,
                                        void (*run)(const Params&, int64_t)) {
-  const int64_t most_tasks = (count + least - 1) / least;
-  const int64_t num_tasks = std::clamp<int64_t>(4 * pool.num_threads(), 1, most_tasks);
-  if (num_tasks == 1 && least > 1) {
+  const int64_t num_threads = std::min({pool.num_threads(), most_threads, count});
+  if (num_threads <= 1) {
     for (int64_t i = 0; i < count; ++i) run(params, i);
     return ready(::xla::ffi::Error::Success());
   }
-  ::xla::ffi::CountDownPromise promise(num_tasks);
-  ::xla::ffi::Future future(promise);
-  for (int64_t task = 0; task < num_tasks; ++task) {
-    const int64_t begin = count * task / num_tasks;
-    const int64_t end = count * (task + 1) / num_tasks;
-    pool.Schedule([params, run, begin, end, promise]() mutable {
-      for (int64_t i = begin; i < end; ++i) run(params, i);
-      promise.CountDown();
-    });
+  // Threads may come when all is done, and the call has returned.
+  struct Work {
+    Params params;
+    int64_t count, at_once;
+    void (*run)(const Params&, int64_t);
+    ::xla::ffi::CountDownPromise promise;
+    std::atomic<int64_t> next{0}, done{0};
+
+    void take() {
+      for (int64_t begin; (begin = next.fetch_add(at_once)) < count;) {
+        const int64_t end = std::min(begin + at_once, count);
+        for (int64_t i = begin; i < end; ++i) run(params, i);
+        done.fetch_add(end - begin, std::memory_order_release);
+        promise.CountDown(end - begin);
+      }
+    }
+  };
+  const int64_t at_once = std::max<int64_t>(count / (16 * num_threads), 1);
+  const std::shared_ptr<Work> work(
+      new Work{params, count, at_once, run, ::xla::ffi::CountDownPromise(count)});
+  ::xla::ffi::Future future(work->promise);
+  for (int64_t thread = 1; thread < num_threads; ++thread) {
+    pool.Schedule([work] { work->take(); });
+  }
+  work->take();
+  // What others are at is soon done. Without the wait one of them would go on with the program, and
+  // would have to wake a third one for the next call: twice the time of a small one.
+  constexpr std::chrono::microseconds kLongestWait{50};
+  const auto end = std::chrono::steady_clock::now() + kLongestWait;
+  while (work->done.load(std::memory_order_acquire) < count &&
+         std::chrono::steady_clock::now() < end) {
   }
   return future;
 }

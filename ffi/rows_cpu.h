@@ -1,0 +1,209 @@
+// What is done with rows of a state and with new rows on a CPU: they are stored, reduced to a
+// window's value, or merged into prefixes. All of it by loops over channels, which do not depend on
+// each other: so a thread may take some of the channels only. No XLA types.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "config.h"
+#include "numeric.h"
+#include "prefix.h"
+#include "vectorized.h"
+
+namespace jax_dsv4 {
+
+// Some channels of a value. Of a row they are those, and where windows overlap as many of its
+// second half.
+struct Channels {
+  int first, count;
+};
+
+// A row of the state: what is stored, as it is.
+template <class State_>
+struct StoredRow {
+  using State = State_;
+  const State* kv;     // [S]
+  const State* score;  // [S]
+
+  State kv_at(int c) const { return kv[c]; }
+  State score_at(int c) const { return score[c]; }
+  StoredRow at(int c) const { return {kv + c, score + c}; }
+};
+
+// A new row, as it is or would be stored: kv, and score plus its bias, rounded once.
+template <class KvScore, class State_, bool kHasBias>
+struct NewRow {
+  using State = State_;
+  const KvScore* kv;     // [S]
+  const KvScore* score;  // [S]
+  const float* bias;     // [S], or null: adding 0 would lose the sign of -0
+
+  State kv_at(int c) const { return round_to<State>(to_f32(kv[c])); }
+  State score_at(int c) const {
+    return round_to<State>(kHasBias ? to_f32(score[c]) + bias[c] : to_f32(score[c]));
+  }
+  NewRow at(int c) const { return {kv + c, score + c, kHasBias ? bias + c : nullptr}; }
+};
+
+// ------------------------------------------------------------------------------- loops of rows
+
+template <class Row>
+void store_kv(Row row, int count, typename Row::State* __restrict to) {
+  for (int c = 0; c < count; ++c) to[c] = row.kv_at(c);
+}
+template <class Row>
+void store_score(Row row, int count, typename Row::State* __restrict to) {
+  for (int c = 0; c < count; ++c) to[c] = row.score_at(c);
+}
+
+inline constexpr int kChannelsAtOnce = 32;  // a multiple of every vector, and of a cache line
+inline constexpr int kRowsAtOnce = 4;  // what is kept of a channel stays in a register for as long
+inline constexpr int kBlockRows = 16;  // of a softmax
+
+template <class T>
+void prefetch(const T* from) {
+  constexpr int kLine = 64, kToL2 = 2;
+  for (int i = 0; i < kChannelsAtOnce; i += kLine / sizeof(T)) {
+    __builtin_prefetch(from + i, /*rw=*/0, kToL2);
+  }
+}
+
+// The maximum with the scores of up to kRowsAtOnce rows.
+template <class Row>
+void take_max(const Row* rows, int num_rows, int count, float* __restrict max) {
+  Row row[kRowsAtOnce];  // the last again, where there are fewer
+  for (int i = 0; i < kRowsAtOnce; ++i) row[i] = rows[std::min(i, num_rows - 1)];
+  for (int c = 0; c < count; ++c) {
+    float highest = max[c];
+    for (int i = 0; i < kRowsAtOnce; ++i) {
+      const float score = to_f32(row[i].score_at(c));
+      highest = highest < score ? score : highest;  // a NaN comes in by its weight
+    }
+    max[c] = highest;
+  }
+}
+
+// Scales what was added so far to a new maximum.
+inline void rescale(const float* new_max, int count, float* __restrict max, float* __restrict sum,
+                    float* __restrict weighted) {
+  for (int c = 0; c < count; ++c) {
+    const float scale = fast_exp(max[c] - finite(new_max[c]));
+    sum[c] *= scale;
+    weighted[c] *= scale;
+    max[c] = new_max[c];
+  }
+}
+
+// Adds kRows rows, while as many others, `ahead`, are on their way from memory: each row at a time,
+// as memory is read fastest.
+template <class Row, int kRows>
+void add_weighted(const Row* rows, const Row* ahead, int count, const float* max,
+                  float* __restrict sum, float* __restrict weighted) {
+  Row row[kRows];
+  std::copy_n(rows, kRows, row);
+  const int prefetches_per_row = count / kChannelsAtOnce;
+  int prefetched = 0;
+  for (int first = 0; first < count; first += kChannelsAtOnce) {
+    for (int i = 0; i < kRows; ++i, ++prefetched) {
+      const Row& next = ahead[prefetched / prefetches_per_row];
+      const int c = prefetched % prefetches_per_row * kChannelsAtOnce;
+      prefetch(next.score + c);
+      prefetch(next.kv + c);
+    }
+    for (int c = first; c < first + kChannelsAtOnce; ++c) {
+      const float subtracted = finite(max[c]);
+      float own_sum = sum[c], own_weighted = weighted[c];
+      for (int i = 0; i < kRows; ++i) {
+        const float weight = fast_exp(to_f32(row[i].score_at(c)) - subtracted);
+        own_sum += weight;
+        own_weighted += weight * to_f32(row[i].kv_at(c));
+      }
+      sum[c] = own_sum;
+      weighted[c] = own_weighted;
+    }
+  }
+}
+
+template <class Out>
+void divide(const float* sum, const float* weighted, int count, Out* __restrict out) {
+  for (int c = 0; c < count; ++c) {
+    const float quotient = weighted[c] / sum[c];
+    out[c] = round_to<Out>(sum[c] == 0 ? 0.0f : quotient);
+  }
+}
+
+// --------------------------------------------------------------------------------------- softmax
+
+// Some rows of a window: per channel, the softmax of their scores times their kv.
+template <int D>
+class Softmax {
+ public:
+  explicit Softmax(int count) : count_(count) {
+    std::fill_n(max_, count, kNegInf);
+    std::fill_n(sum_, count, 0.0f);
+    std::fill_n(weighted_, count, 0.0f);
+  }
+
+  // In blocks, each of which is read from memory once. The first is small: nothing of it was
+  // fetched ahead.
+  template <class Row>
+  void add(const Row* rows, int num_rows) {
+    for (int begin = 0, end = 0; begin < num_rows; begin = end) {
+      end = std::min(begin + (begin == 0 ? kRowsAtOnce : kBlockRows), num_rows);
+      std::copy_n(max_, count_, new_max_);
+      for (int i = begin; i < end; i += kRowsAtOnce) {
+        vectorized<take_max<Row>>(rows + i, end - i, count_, new_max_);
+      }
+      vectorized<rescale>(new_max_, count_, max_, sum_, weighted_);
+      for (int i = begin; i < end;) {
+        const bool several = i + kRowsAtOnce <= end;
+        const Row* ahead = rows + (i + kBlockRows + kRowsAtOnce <= num_rows ? i + kBlockRows : i);
+        if (several) {
+          vectorized<add_weighted<Row, kRowsAtOnce>>(rows + i, ahead, count_, max_, sum_,
+                                                     weighted_);
+        } else {
+          vectorized<add_weighted<Row, 1>>(rows + i, ahead, count_, max_, sum_, weighted_);
+        }
+        i += several ? kRowsAtOnce : 1;
+      }
+    }
+  }
+
+  // 0 where there is no row, or every score is -inf.
+  template <class Out>
+  void put(Out* out) const {
+    vectorized<divide<Out>>(sum_, weighted_, count_, out);
+  }
+
+ private:
+  int count_;
+  alignas(64) float max_[D], new_max_[D], sum_[D], weighted_[D];
+};
+
+// -------------------------------------------------------------------------------------- prefixes
+
+template <class Row>
+void merge_row(Row row, int count, float* __restrict lse, float* __restrict mean) {
+  for (int c = 0; c < count; ++c) {
+    const Prefix merged = merge({lse[c], mean[c]}, {to_f32(row.score_at(c)), to_f32(row.kv_at(c))});
+    lse[c] = merged.lse;
+    mean[c] = merged.mean;
+  }
+}
+
+template <class Out>
+void put_value(const float* lse, const float* mean, int count, Out* __restrict out) {
+  for (int c = 0; c < count; ++c) out[c] = round_to<Out>(value_of({lse[c], mean[c]}));
+}
+
+template <class Out>
+void put_merged(const float* lse_a, const float* mean_a, const float* lse_b, const float* mean_b,
+                int count, Out* __restrict out) {
+  for (int c = 0; c < count; ++c) {
+    out[c] = round_to<Out>(value_of(merge({lse_a[c], mean_a[c]}, {lse_b[c], mean_b[c]})));
+  }
+}
+
+}  // namespace jax_dsv4
