@@ -9,7 +9,8 @@ the calls in between; of either the least of many runs counts, in turns, for oth
 work on the machine.
 
 The ceiling is the bytes that a call moves (``points.py``) over the bandwidth of NumPy's copy of
-large arrays by as many threads, each byte counted as read and as written.
+large arrays by as many threads, each byte counted as read and as written, measured beside each
+figure.
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ DECODE = tuple(
 PROMPT_ROWS = 8192
 
 
-def copy_bandwidth(num_threads: int, rounds: int = 30) -> float:
-    """GB/s that are read and written: the best of some rounds."""
-    arrays = [np.ones((2, 16 << 20), np.float32) for _ in range(num_threads)]
+def copy_bandwidth(arrays: list[np.ndarray], seconds: float) -> float:
+    """GB/s that are read and written, a thread for each array: the best of some rounds."""
     best = float("inf")
-    with concurrent.futures.ThreadPoolExecutor(num_threads) as threads:
-        for _ in range(rounds):
+    end = time.perf_counter() + seconds
+    with concurrent.futures.ThreadPoolExecutor(len(arrays)) as threads:
+        while time.perf_counter() < end:
             start = time.perf_counter()
             list(threads.map(lambda x: np.copyto(x[1], x[0]), arrays))
             best = min(best, time.perf_counter() - start)
@@ -157,9 +158,8 @@ def main() -> None:
     os.environ["NPROC"] = str(args.threads)  # before XLA makes its threads
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
 
-    ceiling = copy_bandwidth(args.threads)
+    arrays = [np.ones((2, 16 << 20), np.float32) for _ in range(args.threads)]
     info = describe_environment(args.commit) | {"device": describe_cpu(), "threads": args.threads}
-    info["copy_ceiling_gb_s"] = round(ceiling, 1)
     print(json.dumps(info), flush=True)
     variants = dict(list(VARIANTS.items())[: 1 if args.no_jnp else None])
     cases = []  # what is measured, the bytes it moves, and how: implementation -> microseconds
@@ -184,11 +184,13 @@ def main() -> None:
         ]
     with open(args.out, "a") as out:
         for what, num_bytes, measure_case in cases:
-            cells = []
+            ceiling = copy_bandwidth(arrays, args.seconds / 2)
+            cells = [f"a copy {ceiling:.1f} GB/s"]
             for variant, implementation in variants.items():
                 us = measure_case(implementation=implementation)
                 percent = 100 * num_bytes / us / 1e3 / ceiling
                 figures = {"us": round(us, 1), "percent_of_copy_ceiling": round(percent, 1)}
+                figures["copy_ceiling_gb_s"] = round(ceiling, 1)
                 out.write(json.dumps(what | {"variant": variant} | figures | info) + "\n")
                 out.flush()
                 cells.append(f"{variant} {us:.1f} us, {percent:.0f} %")
