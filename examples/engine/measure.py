@@ -7,6 +7,7 @@ import gzip
 import json
 import pathlib
 import re
+import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -46,6 +47,36 @@ def time_steps(engine: Engine, programs: Sequence[Any], batch: Batch) -> np.ndar
     return np.array(times)[:, 2:]
 
 
+def time_kernels(engine: Engine, batch: Batch, runs: int = 20) -> tuple[float, float]:
+    """Microseconds per step of the compressors' kernels, and of all; 0, 0 where there is no GPU.
+
+    From a profile, which may not see kernels in command buffers: without these
+    (`XLA_FLAGS=--xla_gpu_enable_command_buffer=`) it sees all.
+    """
+    caches, batch = jax.device_put((jax.tree.map(jnp.copy, engine.caches), batch))
+    program = engine.program(batch)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, create_perfetto_trace=True):
+            for _ in range(runs):
+                caches, *_ = program(engine.params, caches, batch)
+            jax.block_until_ready(caches)
+        path = next(pathlib.Path(folder).rglob("perfetto_trace.json.gz"))
+        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    names = {
+        (event["name"], event["pid"], event.get("tid")): event["args"]["name"]
+        for event in events
+        if event.get("name") in ("process_name", "thread_name")
+    }
+    processes = {pid: name for (kind, pid, _), name in names.items() if kind == "process_name"}
+    own = every = 0.0
+    for event in events:
+        stream = names.get(("thread_name", event.get("pid"), event.get("tid")), "")
+        if "dur" in event and "GPU" in processes.get(event["pid"], "") and "Stream" in stream:
+            every += event["dur"]
+            own += event["dur"] if "jax_dsv4" in event["name"] else 0
+    return own / runs, every / runs
+
+
 def describe_costs(engine: Engine, name: str, batch: Batch, *, beside_jnp: bool = False) -> str:
     """What compressors take of a step, as lines of text: as they are, and in jnp.
 
@@ -68,6 +99,12 @@ def describe_costs(engine: Engine, name: str, batch: Batch, *, beside_jnp: bool 
         lines.append(
             f"{name}: a step {np.median(step):.0f} us; {kind} {np.median(own):.1f} us "
             f"({own.min():.1f} to {own.max():.1f}) in {calls} calls, {part:.1%} of it"
+        )
+    ours, every = time_kernels(engine, batch)
+    if every:
+        lines.append(
+            f"{name}: kernels of a step {every:.0f} us, of the compressors {ours:.1f} us, "
+            f"{ours / every:.1%} of it"
         )
     return "\n".join(lines)
 
