@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import gzip
 import json
@@ -23,6 +24,7 @@ from examples.engine.weights import make_random
 CALL = re.compile(
     r'^\s*(?:ROOT )?%(\S+) = .*custom_call_target="jax_dsv4_(\w+)".*op_name="([^"]*)"'
 )
+KERNEL = re.compile(r"jax_dsv4(?:::|\d+)([a-z_]+)")  # by its function, mangled or not
 ROUNDS, SECONDS = 5, 0.2  # a step is run over and over, in so many rounds of so long
 
 
@@ -47,8 +49,8 @@ def time_steps(engine: Engine, programs: Sequence[Any], batch: Batch) -> np.ndar
     return np.array(times)[:, 2:]
 
 
-def time_kernels(engine: Engine, batch: Batch, runs: int = 20) -> tuple[float, float]:
-    """Microseconds per step of the compressors' kernels, and of all; 0, 0 where there is no GPU.
+def time_kernels(engine: Engine, batch: Batch, runs: int = 20) -> collections.Counter[str]:
+    """Microseconds per step of each of our kernels, and of all; none where there is no GPU.
 
     From a profile, which may not see kernels in command buffers: without these
     (`XLA_FLAGS=--xla_gpu_enable_command_buffer=`) it sees all.
@@ -68,13 +70,14 @@ def time_kernels(engine: Engine, batch: Batch, runs: int = 20) -> tuple[float, f
         if event.get("name") in ("process_name", "thread_name")
     }
     processes = {pid: name for (kind, pid, _), name in names.items() if kind == "process_name"}
-    own = every = 0.0
+    times: collections.Counter[str] = collections.Counter()
     for event in events:
         stream = names.get(("thread_name", event.get("pid"), event.get("tid")), "")
         if "dur" in event and "GPU" in processes.get(event["pid"], "") and "Stream" in stream:
-            every += event["dur"]
-            own += event["dur"] if "jax_dsv4" in event["name"] else 0
-    return own / runs, every / runs
+            kernel = KERNEL.search(event["name"])
+            times["all"] += event["dur"] / runs
+            times[kernel[1] if kernel else "others"] += event["dur"] / runs
+    return times
 
 
 def describe_costs(engine: Engine, name: str, batch: Batch, *, beside_jnp: bool = False) -> str:
@@ -100,12 +103,9 @@ def describe_costs(engine: Engine, name: str, batch: Batch, *, beside_jnp: bool 
             f"{name}: a step {np.median(step):.0f} us; {kind} {np.median(own):.1f} us "
             f"({own.min():.1f} to {own.max():.1f}) in {calls} calls, {part:.1%} of it"
         )
-    ours, every = time_kernels(engine, batch)
-    if every:
-        lines.append(
-            f"{name}: kernels of a step {every:.0f} us, of the compressors {ours:.1f} us, "
-            f"{ours / every:.1%} of it"
-        )
+    if times := time_kernels(engine, batch):
+        kernels = (f"{kernel} {time:.1f} us" for kernel, time in times.most_common())
+        lines.append(f"{name}: kernels of a step: {', '.join(kernels)}")
     return "\n".join(lines)
 
 
