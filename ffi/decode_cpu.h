@@ -14,8 +14,8 @@ namespace jax_dsv4 {
 // Where a row is kept.
 template <class State>
 struct Place {
-  State* kv;     // [S]; null: nowhere
-  State* score;  // [S]; null: nowhere
+  State* kv = nullptr;     // [S]; null: nowhere
+  State* score = nullptr;  // [S]; null: nowhere
 
   bool exists() const { return kv != nullptr && score != nullptr; }
 };
@@ -138,10 +138,14 @@ struct Prefixes {
       std::copy_n(place.kv + c, channels.count, mean + c);
     });
   }
+  // Merges a row; the result will be stored at `place`, if that exists.
   template <class Row>
-  void merge(const Row& row, Channels channels) {
-    visit(channels,
-          [&](int c) { vectorized<merge_row<Row>>(row.at(c), channels.count, lse + c, mean + c); });
+  void merge(const Row& row, const Place<float>& place, Channels channels) {
+    const Place<float> to = place.exists() ? place : Place<float>{mean, lse};
+    visit(channels, [&](int c) {
+      vectorized<merge_row<Row>>(row.at(c), channels.count, to.score + c, to.kv + c, lse + c,
+                                 mean + c);
+    });
   }
   void copy_first_half(const Prefixes<Config, Config::kStateDim>& row) {
     std::copy_n(row.lse, Config::kHeadDim, lse);
@@ -189,7 +193,7 @@ void step_prefix(const DecodeParams& p, const Request<Config>& r, Channels chann
         open.clear();
       }
       const auto place = find_row(p, r, position);
-      if (place.exists()) open.merge(new_row<has_bias>(p, r, position), channels);
+      if (place.exists()) open.merge(new_row<has_bias>(p, r, position), place, channels);
       store_row<Config>(open.as_row(), place, channels);
       if (position % R != R - 1) continue;
       emit(position / R,

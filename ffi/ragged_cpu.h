@@ -117,13 +117,14 @@ void run_raw(const RaggedParams& p, const RaggedRequest<Config>& r, uint32_t beg
   });
 }
 
-// Merges a new row into the prefixes of those before it, if it counts.
+// Merges a new row into the prefixes of those before it, if it counts; the result will be stored at
+// `place`, if that exists.
 template <class Config, int kChannels>
 void merge_new_row(const RaggedParams& p, const RaggedRequest<Config>& r, int32_t position,
-                   Prefixes<Config, kChannels>& prefixes) {
+                   const Place<float>& place, Prefixes<Config, kChannels>& prefixes) {
   if (!counts(p, r, position)) return;
   visit_bias(r, [&](auto has_bias) {
-    prefixes.merge(new_row<has_bias>(p, r, position), kAllChannels<Config>);
+    prefixes.merge(new_row<has_bias>(p, r, position), place, kAllChannels<Config>);
   });
 }
 
@@ -161,12 +162,13 @@ void run_prefix(const RaggedParams& p, const RaggedRequest<Config>& r, uint32_t 
     }
     if (kOverlap && !has_before) {
       before.clear();
-      for (int64_t q = first_read; q < rows.begin; ++q) merge_new_row(p, r, q, before);
+      for (int64_t q = first_read; q < rows.begin; ++q) merge_new_row(p, r, q, {}, before);
     }
     if (rows.begin % R == 0) open.clear();
     for (int32_t q = rows.begin; q < rows.end; ++q) {
-      merge_new_row(p, r, q, open);
-      if (is_row_stored(q)) store_row<Config>(open.as_row(), find_row(p, r, q), kAll);
+      const auto place = is_row_stored(q) ? find_row(p, r, q) : Place<float>{};
+      merge_new_row(p, r, q, place, open);
+      store_row<Config>(open.as_row(), place, kAll);
     }
     if (is_finished) {
       emit(window, [&](Out* out) { put_prefixes<Config>(before, open, kAll, out); });

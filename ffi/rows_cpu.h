@@ -62,11 +62,13 @@ inline constexpr int kChannelsAtOnce = 32;  // a multiple of every vector, and o
 inline constexpr int kRowsAtOnce = 4;  // what is kept of a channel stays in a register for as long
 inline constexpr int kBlockRows = 16;  // of a softmax
 
-template <class T>
+enum class Cache : int { kL2 = 2, kL1 = 3 };  // as __builtin_prefetch numbers them
+
+template <Cache kTo, class T>
 void prefetch(const T* from) {
-  constexpr int kLine = 64, kToL2 = 2;
+  constexpr int kLine = 64;
   for (int i = 0; i < kChannelsAtOnce; i += kLine / sizeof(T)) {
-    __builtin_prefetch(from + i, /*rw=*/0, kToL2);
+    __builtin_prefetch(from + i, /*rw=*/0, static_cast<int>(kTo));
   }
 }
 
@@ -109,8 +111,8 @@ void add_weighted(const Row* rows, const Row* ahead, int count, const float* max
     for (int i = 0; i < kRows; ++i, ++prefetched) {
       const Row& next = ahead[prefetched / prefetches_per_row];
       const int c = prefetched % prefetches_per_row * kChannelsAtOnce;
-      prefetch(next.score + c);
-      prefetch(next.kv + c);
+      prefetch<Cache::kL2>(next.score + c);
+      prefetch<Cache::kL2>(next.kv + c);
     }
     for (int c = first; c < first + kChannelsAtOnce; ++c) {
       const float subtracted = finite(max[c]);
@@ -184,12 +186,20 @@ class Softmax {
 
 // -------------------------------------------------------------------------------------- prefixes
 
+// Merges a row, while `place_lse` and `place_mean`, where the result will be stored, are on their
+// way from memory.
 template <class Row>
-void merge_row(Row row, int count, float* __restrict lse, float* __restrict mean) {
-  for (int c = 0; c < count; ++c) {
-    const Prefix merged = merge({lse[c], mean[c]}, {to_f32(row.score_at(c)), to_f32(row.kv_at(c))});
-    lse[c] = merged.lse;
-    mean[c] = merged.mean;
+void merge_row(Row row, int count, const float* place_lse, const float* place_mean,
+               float* __restrict lse, float* __restrict mean) {
+  for (int first = 0; first < count; first += kChannelsAtOnce) {
+    prefetch<Cache::kL1>(place_lse + first);
+    prefetch<Cache::kL1>(place_mean + first);
+    for (int c = first; c < first + kChannelsAtOnce; ++c) {
+      const Prefix merged =
+          merge({lse[c], mean[c]}, {to_f32(row.score_at(c)), to_f32(row.kv_at(c))});
+      lse[c] = merged.lse;
+      mean[c] = merged.mean;
+    }
   }
 }
 

@@ -24,7 +24,7 @@ from examples.engine.weights import make_random
 CALL = re.compile(
     r'^\s*(?:ROOT )?%(\S+) = .*custom_call_target="jax_dsv4_(\w+)".*op_name="([^"]*)"'
 )
-KERNEL = re.compile(r"jax_dsv4(?:::|\d+)([a-z_]+)")  # by its function, mangled or not
+KERNEL = re.compile(r"jax_dsv4.*?([a-z_]+_kernel)")  # by its function, mangled or not
 ROUNDS, SECONDS = 5, 0.2  # a step is run over and over, in so many rounds of so long
 
 
@@ -49,14 +49,15 @@ def time_steps(engine: Engine, programs: Sequence[Any], batch: Batch) -> np.ndar
     return np.array(times)[:, 2:]
 
 
-def time_kernels(engine: Engine, batch: Batch, runs: int = 20) -> collections.Counter[str]:
+def time_kernels(
+    engine: Engine, program: Any, batch: Batch, runs: int = 20
+) -> collections.Counter[str]:
     """Microseconds per step of each of our kernels, and of all; none where there is no GPU.
 
     From a profile, which may not see kernels in command buffers: without these
     (`XLA_FLAGS=--xla_gpu_enable_command_buffer=`) it sees all.
     """
     caches, batch = jax.device_put((jax.tree.map(jnp.copy, engine.caches), batch))
-    program = engine.program(batch)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, create_perfetto_trace=True):
             for _ in range(runs):
@@ -84,7 +85,7 @@ def describe_costs(engine: Engine, name: str, batch: Batch, *, beside_jnp: bool 
     """What compressors take of a step, as lines of text: as they are, and in jnp.
 
     It is the difference to the same program without their calls, round by round: its median, and
-    in brackets the smallest and the largest.
+    in brackets the smallest and the largest. Then, from profiles, the kernels of these programs.
     """
     kinds: dict[str, dict[str, Any]] = {"compressors": {}}
     if beside_jnp:
@@ -103,9 +104,10 @@ def describe_costs(engine: Engine, name: str, batch: Batch, *, beside_jnp: bool 
             f"{name}: a step {np.median(step):.0f} us; {kind} {np.median(own):.1f} us "
             f"({own.min():.1f} to {own.max():.1f}) in {calls} calls, {part:.1%} of it"
         )
-    if times := time_kernels(engine, batch):
-        kernels = (f"{kernel} {time:.1f} us" for kernel, time in times.most_common())
-        lines.append(f"{name}: kernels of a step: {', '.join(kernels)}")
+    for kind, program in zip((*kinds, "no compressors"), programs, strict=True):
+        if times := time_kernels(engine, program, batch):
+            kernels = (f"{kernel} {time:.1f} us" for kernel, time in times.most_common())
+            lines.append(f"{name}: kernels of a step, {kind}: {', '.join(kernels)}")
     return "\n".join(lines)
 
 

@@ -271,7 +271,7 @@ class Step(NamedTuple):
     rows: Rows
     page_tokens: int  # tokens whose rows, or records, share a page
     store_rows: LiveRows | str
-    implementation: str | None
+    implementation: str | None  # of the compressors
     compressors: bool  # False: leave their calls out, to see what they cost
 
 
@@ -317,9 +317,7 @@ def read_records(step: Step, records: Any, request: Array, windows: Array, layer
     """The records of ``windows`` [N, K] of requests [N]: [N, K, D] f32; 0 where there is none."""
     table = step.batch.tables.records
     slots = find_slots(table, request[:, None], windows, records.page_size)
-    values = dequantize_records(
-        records, slots.reshape(-1), layer=layer, implementation=step.implementation
-    )
+    values = dequantize_records(records, slots.reshape(-1), layer=layer)
     return values.reshape(*windows.shape, -1)
 
 
