@@ -544,13 +544,30 @@ struct PrefixStep {
     if (Config::kOverlap) load_row_before(tokens, before, kRows + 1, 0);
   }
 
+  // The token that completes a window, or kRows.
+  __device__ int last_of(int t0, const Tokens& tokens) const {
+    const int last = R - 1 - static_cast<int>(tokens.phase);
+    return last >= r.num_new - t0 || tokens.first + last < 0 ? kRows : last;
+  }
+
+  __device__ static void merge_row(const NewVector<Config, kVector>& row, bool exists,
+                                   PrefixVector& prefixes) {
+    const auto new_kv = row.kv(), new_score = row.score();
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) {
+      const Prefix next = exists ? Prefix{new_score.x[v], new_kv.x[v]} : Prefix{};
+      const Prefix merged = merge({prefixes.lse.x[v], prefixes.mean.x[v]}, next);
+      prefixes.lse.x[v] = merged.lse;
+      prefixes.mean.x[v] = merged.mean;
+    }
+  }
+
   // There is no branch and no store between the merges: a token then waits only for the scores
   // before it. A row that is nowhere merges as one without weight.
   __device__ Merged merge_new_rows(int t0, const Tokens& tokens) {
     const int start = first_stored();
+    const int last = last_of(t0, tokens);
     Merged merged;
-    int last = R - 1 - static_cast<int>(tokens.phase);
-    if (last >= r.num_new - t0 || tokens.first + last < 0) last = kRows;
     merged.last = last;
     merged.value.clear();
     merged.value_before.clear();
@@ -566,14 +583,7 @@ struct PrefixStep {
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
         if (starts) open[half].clear();
-        const auto new_kv = rows[j][half].kv(), new_score = rows[j][half].score();
-#pragma unroll
-        for (int v = 0; v < kVector; ++v) {
-          const Prefix row = exists ? Prefix{new_score.x[v], new_kv.x[v]} : Prefix{};
-          const Prefix prefix = merge({open[half].lse.x[v], open[half].mean.x[v]}, row);
-          open[half].lse.x[v] = prefix.lse;
-          open[half].mean.x[v] = prefix.mean;
-        }
+        merge_row(rows[j][half], exists, open[half]);
         merged.prefixes[j][half] = open[half];
       }
       if (j == last) {
@@ -600,10 +610,14 @@ struct PrefixStep {
 
   template <class Element>
   __device__ static void store_value(const Merged& merged, Element* out) {
+    store_value(merged.value, merged.value_before, out);
+  }
+  template <class Element>
+  __device__ static void store_value(const PrefixVector& value, const PrefixVector& value_before,
+                                     Element* out) {
     Vector<Element, kVector> values;
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
-      const PrefixVector &value = merged.value, &value_before = merged.value_before;
       Prefix window{value.lse.x[v], value.mean.x[v]};
       if (Config::kOverlap) {
         window = merge({value_before.lse.x[v], value_before.mean.x[v]}, window);

@@ -146,14 +146,115 @@ struct PrefixTokenRecords {
 
 // --------------------------------------------------------- prefixes, for many requests
 
+// A step whose new rows and biases wait in shared memory, where a request's threads copy them
+// together, and which merges and stores them token by token. That takes longer, and so few
+// registers that three CTAs fit an SM.
+template <class Config>
+struct StagedPrefixStep : PrefixStep<Config> {
+  using Base = PrefixStep<Config>;
+  using typename Base::Tokens;
+  struct Merged {
+    int last;                                         // the token that completes a window, or kRows
+    typename Base::PrefixVector value, value_before;  // of that window
+  };
+  using KvScore = typename Config::KvScore;
+  static constexpr int R = Base::R, S = Base::S, D = Base::D;
+  static constexpr int kHalves = Base::kHalves, kRows = Base::kRows, kVector = Base::kVector;
+  static constexpr int kThreads = D / kVector;  // of a request
+  struct SharedPlan {
+    alignas(16) KvScore kv[kRows][kHalves][D], score[kRows][kHalves][D];
+    alignas(16) float biases[kRows][kHalves][D];
+  };
+
+  using Base::Base;
+  SharedPlan* smem;
+
+  // Calls copy(row, half, channel) for this thread's share of kRows rows, kChunk channels each.
+  template <int kChunk, class Copy>
+  __device__ __forceinline__ void share_rows(Copy&& copy) const {
+    constexpr int kChunks = D / kChunk, kAll = kRows * kHalves * kChunks;
+    static_assert(kAll % kThreads == 0, "share_rows: as much for each thread");
+#pragma unroll
+    for (int i = 0; i < kAll; i += kThreads) {
+      const int chunk = i + this->column / kVector, part = chunk / kChunks;
+      copy(part / kHalves, part % kHalves, chunk % kChunks * kChunk);
+    }
+  }
+  __device__ __forceinline__ void load_new_rows(int t0) const {
+    constexpr int kChunk = 16 / sizeof(KvScore);
+    const auto& p = this->p;
+    const KvScore* const rows = this->r.kv_score + int64_t{t0} * p.row_size;
+    share_rows<kChunk>([&](int j, int half, int c) {
+      const KvScore* const from = rows + j * p.row_size + half * D + c;
+      copy_if<kChunk>(t0 + j < p.next_n, &smem->kv[j][half][c], from);
+      copy_if<kChunk>(t0 + j < p.next_n, &smem->score[j][half][c], scores_of<Config>(p, from));
+    });
+    commit_copies();
+  }
+  __device__ __forceinline__ Tokens look_up_rows(int t0) {
+    const Tokens tokens = Base::look_up_rows(t0);  // its biases are not used, so not loaded
+    const float* const ape = this->r.ape;
+    share_rows<4>([&](int j, int half, int c) {
+      float* const to = &smem->biases[j][half][c];
+      copy_if<4>(ape != nullptr, to, ape + ((tokens.phase + j) % R * S + half * D + c));
+      if (ape == nullptr) store(to, Vector<float, 4>{-0.0f, -0.0f, -0.0f, -0.0f});
+    });
+    commit_copies();
+    return tokens;
+  }
+
+  // Stores, too.
+  __device__ __forceinline__ Merged merge_new_rows(int t0, const Tokens& tokens) {
+    const int start = this->first_stored(), column = this->column;
+    Merged merged{this->last_of(t0, tokens)};
+    merged.value.clear();
+    merged.value_before.clear();
+#pragma unroll 1
+    for (int j = 0; j < kRows; ++j) {
+      if ((tokens.phase + j) % R == 0) {
+        if (Config::kOverlap && position_of(this->r.first_position, t0 + j) > start) {
+          this->before = this->open[0];
+        }
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) this->open[half].clear();
+      }
+      const uint32_t kv_to = __shfl_sync(~0u, tokens.kv_row, j);
+      const uint32_t score_to = __shfl_sync(~0u, tokens.score_row, j);
+      const bool exists = kv_to != kNowhere && score_to != kNowhere;
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        NewVector<Config, kVector> row;
+        row.kv_in = load<KvScore, kVector>(&smem->kv[j][half][column]);
+        row.score_in = load<KvScore, kVector>(&smem->score[j][half][column]);
+        row.bias = load<float, kVector>(&smem->biases[j][half][column]);
+        Base::merge_row(row, exists, this->open[half]);
+      }
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        const auto& prefix = this->open[half];
+        if (score_to != kNowhere) {
+          store(this->score + uint64_t{score_to} * S + half * D, prefix.lse);
+        }
+        if (kv_to != kNowhere) store(this->kv + uint64_t{kv_to} * S + half * D, prefix.mean);
+      }
+      if (j == merged.last) {
+        merged.value = this->open[kHalves - 1];
+        merged.value_before = this->before;
+      }
+    }
+    return merged;
+  }
+};
+
 // Grid: x = requests, z = groups. A CTA has all columns of a request, or of several; some threads
 // of a request make its record while its others go on, with two plans in turn.
-template <class Config, int kRequests = 1>
+template <class Config, int kRequests = 1, bool kStagesRows = false>
 struct PrefixRecords {
   using T = PrefixTile<Config, 256>;
-  using Step = PrefixStep<Config>;
+  using Step = std::conditional_t<kStagesRows, StagedPrefixStep<Config>, PrefixStep<Config>>;
   using Plan = RecordPlan<Config::kHeadDim>;
-  static constexpr int kCluster = 1, kThreads = kRequests * T::kThreads, kMinCtas = 2;
+  static constexpr int kCluster = 1, kThreads = kRequests * T::kThreads;
+  static constexpr int kMinCtas = kStagesRows ? 3 : 2;
   static constexpr bool kHasWindows = false;
   static constexpr int R = Config::kRatio, D = Config::kHeadDim;
   static_assert(T::kSlices == 1 && Plan::kThreads <= T::kThreads, "a CTA has all columns");
@@ -169,9 +270,13 @@ struct PrefixRecords {
         : DecodeParams(p), records(records) {}
   };
 
-  struct SharedPlan {
+  struct Plans {
     Plan plans[kRequests][2];
   };
+  struct PlansAndRows : Plans {
+    typename StagedPrefixStep<Config>::SharedPlan rows[kRequests];
+  };
+  using SharedPlan = std::conditional_t<kStagesRows, PlansAndRows, Plans>;
 
   static __device__ __forceinline__ void run(const Params& p, SharedPlan& smem, uint32_t block) {
     if (threadIdx.x >= kThreads) return;
@@ -184,6 +289,7 @@ struct PrefixRecords {
     const Request<Config> r = request_at<Config>(p, group, index);
     const int column = thread * T::kVector;
     Step step(p, r, column);
+    if constexpr (kStagesRows) step.smem = &smem.rows[request];
     step.load_new_rows(0);
     const bool makes = thread < Plan::kThreads;
     const auto maker_of = [&](int window) {
@@ -197,13 +303,19 @@ struct PrefixRecords {
         step.load_rows_before(tokens);
         if (makes && window < r.end_window) {
           maker_of(window).start(group, index, window, static_cast<uint32_t>(window) * R);
+        } else if (kStagesRows) {
+          commit_copies();  // a group of copies, as the others
         }
       }
+      if constexpr (kStagesRows) {
+        t0 == 0 ? wait_for_copies<1>() : wait_for_copies<0>();
+        wait_at_barrier<T::kThreads>(barrier);  // the rows, before any thread takes its columns
+      }
       const auto merged = step.merge_new_rows(t0, tokens);
-      step.store_rows(merged);
+      if constexpr (!kStagesRows) step.store_rows(merged);
       if (merged.last < Step::kRows) {
         auto maker = maker_of(window);
-        Step::store_value(merged, maker.plan.value + column);
+        step.store_value(merged.value, merged.value_before, maker.plan.value + column);
         if (makes) {
           const auto ready = maker.prepare(group, window);
           wait_at_barrier<T::kThreads>(barrier);
@@ -218,8 +330,10 @@ struct PrefixRecords {
         ++window;
       }
       if ((t0 += Step::kRows) >= r.num_new) break;
+      if (kStagesRows) wait_at_barrier<T::kThreads>(barrier);  // before others take the rows' place
       step.load_new_rows(t0);
     }
+    if (kStagesRows) wait_for_copies<0>();
   }
 };
 

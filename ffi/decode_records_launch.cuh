@@ -33,6 +33,11 @@ template <class Config>
 bool is_staged(const DecodeParams& p) {
   return p.paging.max_pages <= PrefixTokenTile<Config>::kEntries;
 }
+template <class Config>
+inline constexpr bool kStagesRows = PrefixRecordGeometryOf<
+    typename Config::KindType>::template kStagesRows<typename Config::KvScore>;
+template <class Config>
+using ManyPrefixRecords = PrefixRecords<Config, 1, kStagesRows<Config>>;
 template <class Config, bool kStaged, bool kWide = false>
 using FewPrefixRecords =
     PrefixTokenRecords<Config, kStaged, PrefixRecordGeometryOf<typename Config::KindType>::kThreads,
@@ -51,7 +56,7 @@ bool visit_prefix_body(const DecodeParams& p, int64_t geometry, Visit&& visit) {
                : is_at_most<Kind>(p, G::kWideFewChannels) ? 1
                                                           : 2;
   }
-  if (geometry == 2) return visit(PrefixRecords<Config>{});
+  if (geometry == 2) return visit(ManyPrefixRecords<Config>{});
   if (geometry > 2 || !fits_few<Config>(p)) return false;
   const auto visit_few = [&](auto wide) {
     constexpr bool kWide = decltype(wide)::value;
@@ -143,6 +148,15 @@ bool launch_two_bodies(cudaStream_t stream, const DecodeRecordsCall& first,
   return true;
 }
 
+// The most CTAs that an SM gets of a main compressor, one for a request, and of its indexer, one
+// for so many requests. All of them move as many bytes, about: an SM with more than others is the
+// last.
+inline int64_t ctas_per_sm(const DecodeParams& p, int requests) {
+  const int64_t count = int64_t{p.num_groups} * p.batch;
+  const int64_t sms = std::max(device_attribute(cudaDevAttrMultiProcessorCount), 1);
+  return (count + (count + requests - 1) / requests + sms - 1) / sms;
+}
+
 // Both in one launch, if they are such a pair; each in the geometry that it would have alone.
 template <class Types>
 bool launch_pair(cudaStream_t stream, const DecodeRecordsCall& main,
@@ -154,10 +168,14 @@ bool launch_pair(cudaStream_t stream, const DecodeRecordsCall& main,
       const auto both = [&](auto is) { return is(main.params) && is(indexer.params); };
       using G = PrefixRecordGeometryOf<MainKind>;
       if (!is_at_most<MainKind>(main.params, G::kFewChannels) || !both(fits_few<Main>)) {
-        // A CTA of the indexer's has as many threads as one of the main compressor's.
-        constexpr int kRequests = PrefixRecords<Main>::kThreads / PrefixRecords<Indexer>::kThreads;
-        return launch_two_bodies<PrefixRecords<Indexer, kRequests>, PrefixRecords<Main>>(
-            stream, indexer, main);
+        const auto launch_many = [&](auto requests) {  // of the indexer's, for a CTA
+          return launch_two_bodies<PrefixRecords<Indexer, requests, kStagesRows<Main>>,
+                                   ManyPrefixRecords<Main>>(stream, indexer, main);
+        };
+        constexpr std::integral_constant<int, 2> kTwo;
+        constexpr std::integral_constant<int, 4> kFour;
+        return ctas_per_sm(main.params, kFour) < ctas_per_sm(main.params, kTwo) ? launch_many(kFour)
+                                                                                : launch_many(kTwo);
       }
       return both(is_staged<Main>)
                  ? launch_two_bodies<FewPrefixRecords<Indexer, true>, FewPrefixRecords<Main, true>>(

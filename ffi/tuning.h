@@ -66,6 +66,11 @@ struct PrefixRecordGeometryOf {
   static constexpr int kRowVector = 2;
   static constexpr int64_t kWideFewChannels = (Kind::kOverlap ? 24 : 64) * 512;
   static constexpr int kWideRowVector = Kind::kOverlap ? kRowVector : 4;
+  // Whether new rows wait in shared memory where requests are many: three CTAs then fit an SM, not
+  // two. Rows of f32 would leave no room for a third.
+  template <class KvScore>
+  static constexpr bool kStagesRows = Kind::kOverlap && Kind::kHeadDim > 128 &&
+                                      sizeof(KvScore) == 2;
 };
 
 // The geometries of a kind in a step on raw states that ends in records: at most 8 CTAs, one

@@ -660,9 +660,9 @@ template <class Config, bool kStaged, int kThreads, int kVector>
 std::string name_of(PrefixTokenRecords<Config, kStaged, kThreads, kVector>) {
   return kStaged ? "prefix, few, staged" : "prefix, few";
 }
-template <class Config>
-std::string name_of(PrefixRecords<Config>) {
-  return "prefix, many";
+template <class Config, bool kStagesRows>
+std::string name_of(PrefixRecords<Config, 1, kStagesRows>) {
+  return kStagesRows ? "prefix, many, rows staged" : "prefix, many";
 }
 template <class Config, class Geometry, bool kAnyPage>
 std::string name_of(RawRecords<Config, Geometry, kAnyPage>) {

@@ -244,6 +244,40 @@ def test_several_compressors_are_each_alone(apart, implementation, device):
         check_alike(got, tuple(step(*x, LENS, **options) for x in alone))
 
 
+# On a GPU each batch, and more new rows than four, has kernels of its own.
+@pytest.mark.parametrize("next_n", (3, 6))
+@pytest.mark.parametrize("batch", (40, 200))
+def test_many_requests_of_a_pair_are_those_of_each_alone(batch, next_n, device):
+    rng = np.random.default_rng(0)
+    compressors = tuple(make_compressor(name) for name in ("main", "indexer"))
+    caches, tables = [], []
+    for name in ("main", "indexer"):
+        head_dim, ratio, records, _ = KINDS[name]
+        sizes = {"head_dim": head_dim, "compress_ratio": ratio}
+        state = init_state(2 * batch, STATE_PAGE, format="prefix", **sizes)
+        caches.append(
+            CompressorCache(state, init_records(2 * batch, 2, head_dim=head_dim, **records))
+        )
+        pages = [rng.permutation(2 * batch).reshape(batch, 2).astype(np.int32) for _ in "12"]
+        pages[0][3, 1] = -1
+        tables.append(CacheTables(*pages))
+    widths = [2 * c.state_dim for c in compressors]
+    step = jax.jit(decode_records)
+    with jax.default_device(device):
+        alone = together = tuple(caches)
+        lens = rng.integers(0, 2 * STATE_PAGE - 4, batch, np.int32)
+        for _ in range(2):
+            lens += rng.integers(1, 3, batch, np.int32)
+            rows = rng.standard_normal((batch, next_n, sum(widths)), np.float32)
+            rows = jnp.asarray(rows, jnp.bfloat16)
+            q_lens = rng.integers(0, next_n + 1, batch, np.int32)
+            together = step(rows, compressors, together, tuple(tables), lens, q_lens=q_lens)
+            parts = jnp.split(rows, [widths[0]], axis=-1)
+            each = zip(parts, compressors, alone, tables, strict=True)
+            alone = tuple(step(*own, lens, q_lens=q_lens) for own in each)
+            check_alike(together, alone)
+
+
 CASES = cases.in_formats([*cases.MTP, *cases.IN_REGIMES, *cases.LONG_TABLES])
 
 
