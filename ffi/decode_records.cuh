@@ -167,7 +167,7 @@ struct StagedPrefixStep : PrefixStep<Config> {
   };
 
   using Base::Base;
-  SharedPlan* smem;
+  SharedPlan* smem;  // to be set before anything else
 
   // Calls copy(row, half, channel) for this thread's share of kRows rows, kChunk channels each.
   template <int kChunk, class Copy>
@@ -203,7 +203,7 @@ struct StagedPrefixStep : PrefixStep<Config> {
     return tokens;
   }
 
-  // Stores, too.
+  // As the base's, token by token; and stores the rows.
   __device__ __forceinline__ Merged merge_new_rows(int t0, const Tokens& tokens) {
     const int start = this->first_stored(), column = this->column;
     Merged merged{this->last_of(t0, tokens)};

@@ -67,7 +67,7 @@ struct PrefixRecordGeometryOf {
   static constexpr int64_t kWideFewChannels = (Kind::kOverlap ? 24 : 64) * 512;
   static constexpr int kWideRowVector = Kind::kOverlap ? kRowVector : 4;
   // Whether new rows wait in shared memory where requests are many: three CTAs then fit an SM, not
-  // two. Rows of f32 would leave no room for a third.
+  // two. Rows of f32 take more than the 48 KB that a kernel may have without being asked for.
   template <class KvScore>
   static constexpr bool kStagesRows = Kind::kOverlap && Kind::kHeadDim > 128 &&
                                       sizeof(KvScore) == 2;
