@@ -147,8 +147,8 @@ struct PrefixTokenRecords {
 // --------------------------------------------------------- prefixes, for many requests
 
 // A step whose new rows and biases wait in shared memory, where a request's threads copy them
-// together, and which merges and stores them token by token. That takes longer, and so few
-// registers that three CTAs fit an SM.
+// together, and which merges and stores them token by token: in so few registers that three CTAs
+// fit an SM.
 template <class Config>
 struct StagedPrefixStep : PrefixStep<Config> {
   using Base = PrefixStep<Config>;

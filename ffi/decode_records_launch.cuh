@@ -34,9 +34,6 @@ bool is_staged(const DecodeParams& p) {
   return p.paging.max_pages <= PrefixTokenTile<Config>::kEntries;
 }
 template <class Config>
-inline constexpr bool kStagesRows = PrefixRecordGeometryOf<
-    typename Config::KindType>::template kStagesRows<typename Config::KvScore>;
-template <class Config>
 using ManyPrefixRecords = PrefixRecords<Config, 1, kStagesRows<Config>>;
 template <class Config, bool kStaged, bool kWide = false>
 using FewPrefixRecords =
@@ -157,7 +154,8 @@ inline int64_t ctas_per_sm(const DecodeParams& p, int requests) {
   return (count + (count + requests - 1) / requests + sms - 1) / sms;
 }
 
-// Both in one launch, if they are such a pair; each in the geometry that it would have alone.
+// Both in one launch, if they are such a pair; each in the geometry that it would have alone, but
+// for many requests' prefixes the indexer's rows are staged if the main compressor's are.
 template <class Types>
 bool launch_pair(cudaStream_t stream, const DecodeRecordsCall& main,
                  const DecodeRecordsCall& indexer) {

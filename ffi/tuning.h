@@ -66,12 +66,13 @@ struct PrefixRecordGeometryOf {
   static constexpr int kRowVector = 2;
   static constexpr int64_t kWideFewChannels = (Kind::kOverlap ? 24 : 64) * 512;
   static constexpr int kWideRowVector = Kind::kOverlap ? kRowVector : 4;
-  // Whether new rows wait in shared memory where requests are many: three CTAs then fit an SM, not
-  // two. Rows of f32 take more than the 48 KB that a kernel may have without being asked for.
-  template <class KvScore>
-  static constexpr bool kStagesRows = Kind::kOverlap && Kind::kHeadDim > 128 &&
-                                      sizeof(KvScore) == 2;
 };
+
+// Whether new rows wait in shared memory where requests are many: three CTAs then fit an SM, not
+// two. Rows of f32 take more than the 48 KB that a kernel has without asking for more.
+template <class Config>
+inline constexpr bool kStagesRows = Config::kOverlap && Config::kHeadDim > 128 &&
+                                    sizeof(typename Config::KvScore) == 2;
 
 // The geometries of a kind in a step on raw states that ends in records: at most 8 CTAs, one
 // cluster, share a window. Of those whose page size fits, and whose clusters the chip has, a call
