@@ -71,7 +71,8 @@ struct Fiber {
   bool has_ended, has_arrived;  // at the cluster's barrier
   std::vector<Copy> copies;     // that it has not waited for
   int num_groups;               // of copies
-  double shuffled;              // what it has of its warp's last meeting
+  double shuffled;              // this and the next two: what it has of its warp's last meeting
+  double highest;
   uint32_t ballot;
   Place waits_at;
 };
@@ -168,10 +169,16 @@ inline void wait_among(std::vector<Fiber*>& waiting, Place at) {
 
 inline void finish_meeting(Warp& warp) {
   uint32_t ballot = 0;
-  for (int i = 0; i < 32; ++i) ballot |= (warp.arrived >> i & (warp.values[i] != 0)) << i;
+  double highest = -INFINITY;
+  for (int i = 0; i < 32; ++i) {
+    if (!(warp.arrived >> i & 1)) continue;
+    ballot |= uint32_t{warp.values[i] != 0} << i;
+    highest = std::max(highest, warp.values[i]);
+  }
   for (int i = 0; i < 32; ++i) {
     if (!(warp.arrived >> i & 1)) continue;
     warp.fibers[i]->ballot = ballot;
+    warp.fibers[i]->highest = highest;
     warp.fibers[i]->shuffled = warp.values[warp.from_lanes[i] % 32];
     make_ready(warp.fibers[i]);
   }
@@ -457,6 +464,9 @@ template <class T>
 T __shfl_up_sync(uint32_t mask, T x, unsigned lanes, emulator::Place at = {}) {
   const unsigned lane = threadIdx.x % 32;
   return emulator::meet_warp(true, mask, x, lane < lanes ? lane : lane - lanes, at)->shuffled;
+}
+inline int __reduce_max_sync(uint32_t mask, int x, emulator::Place at = {}) {
+  return emulator::meet_warp(true, mask, x, 0, at)->highest;
 }
 inline bool __any_sync(uint32_t mask, bool x, emulator::Place at = {}) {
   return emulator::meet_warp(true, mask, x, 0, at)->ballot != 0;

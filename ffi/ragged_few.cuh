@@ -1,0 +1,246 @@
+// Ragged batches (ragged.cuh): requests that bring few new rows, as those do that decode. Device
+// code only.
+//
+// Such a request completes at most one window. D / 4 threads have all of its rows, or one half
+// where windows overlap, whatever slots it has: they know whose they are before anything is loaded,
+// so that tables come while lengths do. Then, as in a decode step, one row is looked up by each
+// lane, and all rows that the state has of the window are on their way before any is waited for.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "config.h"
+#include "decode_raw.cuh"
+#include "prefix.h"
+#include "ragged.h"
+#include "ragged_rows.cuh"
+#include "record_maker.cuh"
+#include "vector.cuh"
+
+namespace jax_dsv4 {
+
+// One thread's part of such a request.
+template <class Config, StateFormat kFormat, int kThreads>
+struct FewRows {
+  using Rows = RaggedRows<Config, kFormat>;
+  using Stored = typename Rows::Stored;
+  static constexpr int R = Config::kRatio, kVector = kRaggedVector;
+  static constexpr int kHalves = Config::kOverlap ? 2 : 1, kOwn = kHalves - 1;
+  static constexpr int kRows = std::min(R, 4);  // at most so many are few
+  // On a raw state, of a window of many rows, nothing but the new ones: none that is completed.
+  static constexpr bool kHasValues = kFormat == StateFormat::kPrefix || R <= 32;
+  // What a raw state has of the window, and where windows overlap of the one before it.
+  static constexpr int kOldRows = kHasValues ? kHalves * R - 1 : 0;
+
+  // A thread reads only what it has copied itself.
+  struct SharedPlan {
+    StagedRows<typename Config::KvScore, kRows, kThreads> rows;
+    Vector<float, kVector> biases[kRows][kThreads];
+  };
+
+  SharedPlan& smem;
+  const Rows& rows;
+  const int half;
+  const int lane = threadIdx.x % 32;
+  const int count = rows.length - rows.start;  // of new rows
+  const int32_t window = rows.start / R;       // of the first of them
+  const bool has_value = kHasValues && half == kOwn && rows.r.end_window > window;
+  // Lane j: of new row j, or of a row from before the call.
+  Place place;
+  uint32_t counted = 0, stored = 0;  // of new rows, one bit each
+
+  __device__ __forceinline__ FewRows(SharedPlan& smem, const Rows& rows, int half)
+      : smem(smem), rows(rows), half(half) {}
+
+  // has = start(whether the window has a value, window), early, and if it has,
+  // emit(has, window, value).
+  template <class Start, class Emit>
+  __device__ __forceinline__ void run(Start&& start, Emit&& emit) {
+    smem.rows.copy(0, count, rows.new_kv(rows.start, half), rows.p.row_size, rows.p.score_offset);
+    copy_biases();
+    commit_copies();
+    place = look_up();
+    const auto has = start(has_value, window);
+    stored = __ballot_sync(~0u, lane < count && rows.stores(rows.start + lane));
+    counted = __ballot_sync(~0u, lane < count && (!rows.p.rule.all || place.exists()));
+    Vector<float, kVector> value;
+    if constexpr (kFormat == StateFormat::kPrefix) {
+      value = merge_prefixes();
+    } else {
+      value = reduce_rows();
+    }
+    if (has_value) emit(has, window, value);
+  }
+
+ private:
+  __device__ __forceinline__ int row_of(int j) const { return (rows.start + j) % R; }
+  __device__ __forceinline__ void copy_biases() const {
+    const float* const ape = rows.r.ape + half * Rows::D + rows.column;
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      auto& bias = smem.biases[j][threadIdx.x];
+      if (rows.r.ape == nullptr) bias = {-0.0f, -0.0f, -0.0f, -0.0f};
+      copy_if<kVector>(rows.r.ape != nullptr, bias.x, ape + row_of(j) * Rows::S);
+    }
+  }
+  __device__ __forceinline__ Place look_up() const {
+    int32_t position = rows.start + lane;
+    bool wanted = lane < count;
+    if constexpr (kFormat == StateFormat::kPrefix) {
+      if (lane == kRows) position = rows.start - 1, wanted = rows.start % R != 0;
+      if (lane == kRows + 1) {
+        position = window * R - 1;
+        wanted = Config::kOverlap && has_value && position >= 0;
+      }
+    } else if (lane >= kRows) {
+      position = (window - Config::kOverlap) * R + lane - kRows;
+      wanted = has_value && position >= 0 && position < rows.start && lane < kRows + kOldRows;
+    }
+    return rows.find_if(wanted, position);
+  }
+  __device__ __forceinline__ Place place_of(int from_lane) const {
+    return {__shfl_sync(~0u, place.kv, from_lane), __shfl_sync(~0u, place.score, from_lane)};
+  }
+  __device__ __forceinline__ Stored new_row(int j) const {
+    return rows.as_stored(smem.rows[j], smem.biases[j][threadIdx.x]);
+  }
+
+  // On a raw state: stores new rows, and returns the value of the window, if it has one.
+  __device__ __forceinline__ Vector<float, kVector> reduce_rows() const {
+    static_assert(kRows + kOldRows <= 32, "a lane for each row");
+    Stored old[kHasValues ? kOldRows : 1];
+#pragma unroll
+    for (int i = 0; i < kOldRows; ++i) {
+      old[i] = rows.load_row(place_of(kRows + i), Config::kOverlap && i < R ? 0 : kOwn);
+    }
+    wait_for_copies<0>();
+    Stored row[kRows];
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      const Place to = place_of(j);
+      row[j] = new_row(j);
+      if (stored >> j & 1) rows.store_row(to, half, row[j]);
+      if (!(counted >> j & 1) || rows.start + j >= (window + 1) * R) row[j] = Rows::no_row();
+    }
+    if (!has_value) return {};
+    Partial<kVector> partial;
+    add(row, partial);  // before anything waits for the old ones
+    add(old, partial);
+    return value_of(partial);
+  }
+  template <int kCount>
+  static __device__ __forceinline__ void add(const Stored (&row)[kCount],
+                                             Partial<kVector>& partial) {
+    Vector<typename Rows::State, kVector> kv[kCount], score[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) kv[i] = row[i].kv, score[i] = row[i].score;
+    partial.add(kv, score);
+  }
+
+  // On a state of prefixes: merges new rows into the prefix before them, one after the other, and
+  // stores it; returns the value of the window, if it has one.
+  __device__ __forceinline__ Vector<float, kVector> merge_prefixes() const {
+    Prefix open[kVector], before[kVector];
+    load_prefix(kRows, half, open);
+    if constexpr (Config::kOverlap) load_prefix(kRows + 1, 0, before);
+    wait_for_copies<0>();
+    Vector<float, kVector> value = {};
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      if (j >= count) break;
+      const Place to = place_of(j);
+      Stored row = new_row(j);
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) {
+        const Prefix next = {to_f32(row.score.x[v]), to_f32(row.kv.x[v])};
+        open[v] = merge(row_of(j) == 0 ? Prefix{} : open[v], counted >> j & 1 ? next : Prefix{});
+        row.score.x[v] = round_to<typename Rows::State>(open[v].lse);
+        row.kv.x[v] = round_to<typename Rows::State>(open[v].mean);
+      }
+      if (stored >> j & 1) rows.store_row(to, half, row);
+      if (has_value && row_of(j) == R - 1) {
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) {
+          value.x[v] = jax_dsv4::value_of(Config::kOverlap ? merge(before[v], open[v]) : open[v]);
+        }
+      }
+    }
+    return value;
+  }
+  __device__ __forceinline__ void load_prefix(int from_lane, int half,
+                                              Prefix (&prefix)[kVector]) const {
+    const Stored row = rows.load_row(place_of(from_lane), half);
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) prefix[v] = {to_f32(row.score.x[v]), to_f32(row.kv.x[v])};
+  }
+};
+
+// The CTAs of a call that serve such requests, kRequests at once, beside those that serve all
+// others. Where windows overlap, each half of their rows has CTAs of its own.
+template <class Config, StateFormat kFormat, bool kRecords, int kThreads>
+struct RaggedFew {
+  using Few = FewRows<Config, kFormat, kThreads>;
+  using Rows = typename Few::Rows;
+  static constexpr int R = Config::kRatio, D = Config::kHeadDim;
+  static constexpr int kLanes = D / kRaggedVector;
+  static constexpr int kRequests = kThreads / kLanes;
+  using Exchange = RecordExchange<D>;
+  static_assert(kLanes % 32 == 0, "whole warps look for a request");
+  // Whether these CTAs also have what becomes of values; or only rows.
+  static constexpr bool kHasValues = Few::kHasValues;
+
+  using ValuePlan = typename Few::SharedPlan;
+  struct RecordsPlan : ValuePlan {
+    Exchange records[kRequests];
+  };
+  using SharedPlan = std::conditional_t<kRecords, RecordsPlan, ValuePlan>;
+
+  // Whether these are all new rows of such a request.
+  static __device__ __forceinline__ bool serves(const Rows& rows) {
+    const bool completes = rows.r.first_window < rows.r.end_window;
+    return rows.r.num_new > 0 && rows.r.num_new <= Few::kRows && (kHasValues || !completes);
+  }
+  static JAX_DSV4_HD uint32_t num_ctas(const RaggedParams& p) {
+    return (p.batch + kRequests - 1) / kRequests * Few::kHalves;
+  }
+
+  static __device__ __forceinline__ void run(const RaggedParams& p,
+                                             const ResultOf<kRecords>& result, SharedPlan& smem,
+                                             uint32_t block) {
+    const uint32_t group = blockIdx.z;
+    const int in_cta = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+    const uint32_t index = block / Few::kHalves * kRequests + in_cta;
+    const int half = Few::kOwn - block % Few::kHalves;
+    if (index >= p.batch) return;
+    prefetch_tables(p, group, index, lane);
+    const Owner owner = find_request(p, group, index);
+    const Rows rows(p, group, owner, lane * kRaggedVector);
+    if (!serves(rows)) return;
+    Few few(smem, rows, half);
+    if constexpr (kRecords) {
+      RecordMaker<D, Exchange> maker(result, smem.records[in_cta], lane);
+      const auto start = [&](bool wanted, int32_t window) {
+        return maker.load_all(wanted, group, index, window, static_cast<uint32_t>(window) * R);
+      };
+      few.run(start,
+              [&](const auto& loaded, int32_t window, const Vector<float, kRaggedVector>& value) {
+#pragma unroll
+                for (int v = 0; v < kRaggedVector; ++v) maker.stage.x[0][v] = value.x[v];
+                maker.finish(maker.take(loaded, group, window));
+              });
+    } else {
+      int32_t slot = first_slot<Config>(owner.index, owner.begin);
+      const int32_t next_slot = first_slot<Config>(owner.index + 1, owner.end);
+      const auto store_next = [&](const Vector<float, kRaggedVector>& value) {
+        result.store_four((int64_t{group} * p.num_windows + slot++) * D + rows.column, value);
+      };
+      few.run([](bool, int32_t) { return 0; },
+              [&](int, int32_t, const Vector<float, kRaggedVector>& value) { store_next(value); });
+      while (kHasValues && half == Few::kOwn && slot < next_slot) store_next({});
+    }
+  }
+};
+
+}  // namespace jax_dsv4
