@@ -418,9 +418,9 @@ __global__ void __launch_bounds__(T::kThreads)
 
 // Grid: as above, in columns of kVector. A thread goes through all tokens in order, kRowsAtOnce at
 // a time: any number of new rows.
-template <class Config, int kMostThreads = 128>
+template <class Config, int kMostThreads = 128, int kVector_ = 2>
 struct PrefixTile {
-  static constexpr int kVector = 2;
+  static constexpr int kVector = kVector_;
   static constexpr int kThreads = std::min(kMostThreads, Config::kHeadDim / kVector);
   static constexpr int kSlices = Config::kHeadDim / (kVector * kThreads);
   static constexpr int kHalves = Config::kStateDim / Config::kHeadDim;
@@ -430,9 +430,9 @@ struct PrefixTile {
 };
 
 // One thread's part of a step: kVector columns of a request.
-template <class Config>
+template <class Config, int kVector_ = 2>
 struct PrefixStep {
-  using T = PrefixTile<Config>;
+  using T = PrefixTile<Config, 128, kVector_>;
   using Out = typename Config::Out;
   static constexpr int R = Config::kRatio, S = Config::kStateDim, D = Config::kHeadDim;
   static constexpr int kHalves = T::kHalves, kRows = T::kRowsAtOnce, kVector = T::kVector;
@@ -618,13 +618,17 @@ struct PrefixStep {
     Vector<Element, kVector> values;
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
-      Prefix window{value.lse.x[v], value.mean.x[v]};
-      if (Config::kOverlap) {
-        window = merge({value_before.lse.x[v], value_before.mean.x[v]}, window);
-      }
-      values.x[v] = round_to<Element>(value_of(window));
+      values.x[v] = round_to<Element>(value_at(value, value_before, v));
     }
     store(out, values);
+  }
+  __device__ static float value_at(const PrefixVector& value, const PrefixVector& value_before,
+                                   int v) {
+    Prefix window{value.lse.x[v], value.mean.x[v]};
+    if (Config::kOverlap) {
+      window = merge({value_before.lse.x[v], value_before.mean.x[v]}, window);
+    }
+    return value_of(window);
   }
 };
 

@@ -250,8 +250,10 @@ struct StagedPrefixStep : PrefixStep<Config> {
 // of a request make its record while its others go on, with two plans in turn.
 template <class Config, int kRequests = 1, bool kStagesRows = false>
 struct PrefixRecords {
-  using T = PrefixTile<Config, 256>;
-  using Step = std::conditional_t<kStagesRows, StagedPrefixStep<Config>, PrefixStep<Config>>;
+  static constexpr int kVector = PrefixRecordGeometryOf<typename Config::KindType>::kManyVector;
+  using T = PrefixTile<Config, 256, kVector>;
+  using Step =
+      std::conditional_t<kStagesRows, StagedPrefixStep<Config>, PrefixStep<Config, kVector>>;
   using Plan = RecordPlan<Config::kHeadDim>;
   static constexpr int kCluster = 1, kThreads = kRequests * T::kThreads;
   static constexpr int kMinCtas = kStagesRows ? 3 : 2;
@@ -259,6 +261,8 @@ struct PrefixRecords {
   static constexpr int R = Config::kRatio, D = Config::kHeadDim;
   static_assert(T::kSlices == 1 && Plan::kThreads <= T::kThreads, "a CTA has all columns");
   static_assert(kRequests == 1 || Plan::Stage::kWarps == 1, "a barrier for each request's record");
+  // Whether each thread has the channels that it makes a record of.
+  static constexpr bool kHasChannels = T::kThreads == Plan::kThreads;
   static int64_t num_ctas(const DecodeParams& p) {
     return (int64_t{p.batch} + kRequests - 1) / kRequests;
   }
@@ -291,7 +295,7 @@ struct PrefixRecords {
     Step step(p, r, column);
     if constexpr (kStagesRows) step.smem = &smem.rows[request];
     step.load_new_rows(0);
-    const bool makes = thread < Plan::kThreads;
+    const bool makes = kHasChannels || thread < Plan::kThreads;
     const auto maker_of = [&](int window) {
       return RecordMaker<D>(p.records, plans[(window - r.first_window) % 2], thread);
     };
@@ -315,11 +319,20 @@ struct PrefixRecords {
       if constexpr (!kStagesRows) step.store_rows(merged);
       if (merged.last < Step::kRows) {
         auto maker = maker_of(window);
-        step.store_value(merged.value, merged.value_before, maker.plan.value + column);
+        if constexpr (kHasChannels) {
+#pragma unroll
+          for (int v = 0; v < kVector; ++v) {
+            maker.stage.x[0][v] = step.value_at(merged.value, merged.value_before, v);
+          }
+        } else {
+          step.store_value(merged.value, merged.value_before, maker.plan.value + column);
+        }
         if (makes) {
           const auto ready = maker.prepare(group, window);
-          wait_at_barrier<T::kThreads>(barrier);
-          maker.stage.take_value(maker.plan.value);
+          if constexpr (!kHasChannels) {
+            wait_at_barrier<T::kThreads>(barrier);
+            maker.stage.take_value(maker.plan.value);
+          }
           maker.finish(ready);
           if (window + 1 < r.end_window) {
             maker_of(window + 1).start(group, index, window + 1, (window + 1u) * R);

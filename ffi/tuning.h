@@ -58,7 +58,8 @@ inline constexpr int64_t kFewPrefixChannels = 24 * 512;
 inline constexpr int64_t kFewPrefixChannelsOfMoreTokens = 16 * 512;  // for 5 to 8
 
 // The same of a step that ends in records. Few requests have CTAs of kThreads for their values, and
-// others for their rows, of which a thread has kRowVector columns; kWideRowVector of a few more.
+// others for their rows, of which a thread has kRowVector columns; kWideRowVector of a few more. Of
+// many requests a thread has kManyVector columns.
 template <class Kind>
 struct PrefixRecordGeometryOf {
   static constexpr int64_t kFewChannels = 24 * 512;
@@ -66,6 +67,7 @@ struct PrefixRecordGeometryOf {
   static constexpr int kRowVector = 2;
   static constexpr int64_t kWideFewChannels = (Kind::kOverlap ? 24 : 64) * 512;
   static constexpr int kWideRowVector = Kind::kOverlap ? kRowVector : 4;
+  static constexpr int kManyVector = !Kind::kOverlap && Kind::kHeadDim > 128 ? 4 : 2;
 };
 
 // Whether new rows wait in shared memory where requests are many: three CTAs then fit an SM, not
