@@ -418,9 +418,9 @@ __global__ void __launch_bounds__(T::kThreads)
 
 // Grid: as above, in columns of kVector. A thread goes through all tokens in order, kRowsAtOnce at
 // a time: any number of new rows.
-template <class Config, int kMostThreads = 128, int kVector_ = 2>
+template <class Config, int kMostThreads = 128>
 struct PrefixTile {
-  static constexpr int kVector = kVector_;
+  static constexpr int kVector = 2;
   static constexpr int kThreads = std::min(kMostThreads, Config::kHeadDim / kVector);
   static constexpr int kSlices = Config::kHeadDim / (kVector * kThreads);
   static constexpr int kHalves = Config::kStateDim / Config::kHeadDim;
@@ -429,13 +429,14 @@ struct PrefixTile {
   static constexpr int kMinCtas = kHalves == 2 ? 4 : 1;
 };
 
-// One thread's part of a step: kVector columns of a request.
-template <class Config, int kVector_ = 2>
+// One thread's part of a step: kVector columns of a request, of both halves of its rows or of one.
+template <class Config, int kVector_ = PrefixTile<Config>::kVector,
+          int kHalves_ = PrefixTile<Config>::kHalves>
 struct PrefixStep {
-  using T = PrefixTile<Config, 128, kVector_>;
   using Out = typename Config::Out;
   static constexpr int R = Config::kRatio, S = Config::kStateDim, D = Config::kHeadDim;
-  static constexpr int kHalves = T::kHalves, kRows = T::kRowsAtOnce, kVector = T::kVector;
+  static constexpr int kHalves = kHalves_, kVector = kVector_;
+  static constexpr int kRows = PrefixTile<Config>::kRowsAtOnce;
   struct PrefixVector {
     Vector<float, kVector> lse, mean;
 
@@ -450,7 +451,7 @@ struct PrefixStep {
 
   const ParamsOf<Config>& p;
   const Request<Config>& r;
-  const int column;
+  const int column;  // of a row: of its first half, if this thread has both
   float* const kv;
   float* const score;
   NewVector<Config, kVector> rows[kRows][kHalves];
@@ -541,7 +542,9 @@ struct PrefixStep {
   __device__ void load_rows_before(const Tokens& tokens) {
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) load_row_before(tokens, open[half], kRows, half);
-    if (Config::kOverlap) load_row_before(tokens, before, kRows + 1, 0);
+    if (Config::kOverlap && (kHalves == 2 || column >= D)) {
+      load_row_before(tokens, before, kRows + 1, kHalves - 2);  // its first half
+    }
   }
 
   // The token that completes a window, or kRows.
@@ -577,7 +580,7 @@ struct PrefixStep {
       merged.score_to[j] = __shfl_sync(~0u, tokens.score_row, j);
       const bool exists = merged.kv_to[j] != kNowhere && merged.score_to[j] != kNowhere;
       const bool starts = (tokens.phase + j) % R == 0;
-      if (Config::kOverlap && starts && position_of(r.first_position, t0 + j) > start) {
+      if (kHalves == 2 && starts && position_of(r.first_position, t0 + j) > start) {
         before = open[0];
       }
 #pragma unroll

@@ -27,10 +27,10 @@ inline constexpr int kAllBarrier = 1;
 
 // ---------------------------------------------------------- prefixes, for few requests
 
-// A CTA of kThreads has a warp per token, 32 columns of kVector each, or all columns of one token.
-template <class Config, int kThreads_, int kRowVector>
+// A CTA of kThreads has a part of every token's columns, or all columns of one token.
+template <class Config, int kThreads_>
 struct PrefixRowTile : PrefixTokenTile<Config> {
-  static constexpr int kVector = kRowVector, kThreads = kThreads_;
+  static constexpr int kVector = 2, kThreads = kThreads_;
   static constexpr int kLanes = kThreads / PrefixTokenTile<Config>::kTokens;  // of a token
   static constexpr int kSlices = Config::kHeadDim / (kLanes * kVector);
   static constexpr bool kHasValue = false;
@@ -43,9 +43,9 @@ struct PrefixValueTile : PrefixTokenTile<Config> {
 
 // Grid: x = windows of requests, then column slices of requests; z = groups. A CTA of a window
 // makes its record, and stores no row; those of column slices store the rows.
-template <class Config, bool kStaged, int kThreads_, int kRowVector>
+template <class Config, bool kStaged, int kThreads_>
 struct PrefixTokenRecords {
-  using T = PrefixRowTile<Config, kThreads_, kRowVector>;
+  using T = PrefixRowTile<Config, kThreads_>;
   using Plan = RecordPlan<Config::kHeadDim>;
   static constexpr int kCluster = 1, kThreads = kThreads_, kMinCtas = 1;
   static constexpr bool kHasWindows = false;  // along y
@@ -140,6 +140,78 @@ struct PrefixTokenRecords {
       store_rows(p, smem, (block - makers) / T::kSlices, (block - makers) % T::kSlices);
     } else {
       make_record(p, smem, block / T::kWindows, block % T::kWindows);
+    }
+  }
+};
+
+// ---------------------------------------------------------- prefixes, for more requests
+
+// Grid: x = parts of requests, z = groups. A part is a request's rows, or where windows overlap one
+// half of them: D / 4 threads, with the four columns that each makes records of. Where windows
+// overlap, a step has at most R new rows: what a window needs of the other half is in the state.
+template <class Config>
+struct PrefixPartRecords {
+  using Plan = RecordPlan<Config::kHeadDim>;
+  static constexpr int R = Config::kRatio, D = Config::kHeadDim;
+  static constexpr int kLanes = Plan::kThreads, kVector = D / kLanes;  // of a part
+  static constexpr int kParts = Config::kStateDim / D;                 // of a request
+  static constexpr int kThreads = std::max(kLanes, 128), kAtOnce = kThreads / kLanes;
+  static constexpr int kCluster = 1, kMinCtas = 3;
+  static constexpr bool kHasWindows = false;
+  using Step = PrefixStep<Config, kVector, 1>;
+  static int64_t num_ctas(const DecodeParams& p) {
+    return (int64_t{p.batch} * kParts + kAtOnce - 1) / kAtOnce;
+  }
+
+  struct Params : DecodeParams {
+    RecordParams records;
+
+    Params(const DecodeRecordsParams& p, const RecordParams& records)
+        : DecodeParams(p), records(records) {}
+  };
+  struct SharedPlan {
+    Plan plans[kAtOnce][2];  // in turn
+  };
+
+  static __device__ __forceinline__ void run(const Params& p, SharedPlan& smem, uint32_t block) {
+    if (threadIdx.x >= kThreads) return;
+    const int in_cta = threadIdx.x / kLanes, thread = threadIdx.x % kLanes;
+    const uint32_t part = block * kAtOnce + in_cta, group = blockIdx.z, index = part / kParts;
+    if (kAtOnce > 1 && index >= p.batch) return;
+    const int half = kParts - 1 - part % kParts;
+    prefetch_tables(p, group, index, thread);
+    const Request<Config> r = request_at<Config>(p, group, index);
+    Step step(p, r, half * D + thread * kVector);
+    step.load_new_rows(0);
+    const auto maker_of = [&](int window) {
+      return RecordMaker<D>(p.records, smem.plans[in_cta][(window - r.first_window) % 2], thread);
+    };
+    const bool has_values = half == kParts - 1;
+    int window = r.first_window;
+#pragma unroll 1
+    for (int t0 = 0;;) {
+      const auto tokens = step.look_up_rows(t0);
+      if (t0 == 0) {
+        step.load_rows_before(tokens);
+        if (has_values && window < r.end_window) {
+          maker_of(window).start(group, index, window, static_cast<uint32_t>(window) * R);
+        }
+      }
+      const auto merged = step.merge_new_rows(t0, tokens);
+      step.store_rows(merged);
+      if (has_values && merged.last < Step::kRows) {
+        auto maker = maker_of(window);
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) {
+          maker.stage.x[0][v] = step.value_at(merged.value, merged.value_before, v);
+        }
+        maker.finish(maker.prepare(group, window));
+        if (++window < r.end_window) {
+          maker_of(window).start(group, index, window, static_cast<uint32_t>(window) * R);
+        }
+      }
+      if ((t0 += Step::kRows) >= r.num_new) break;
+      step.load_new_rows(t0);
     }
   }
 };
@@ -250,10 +322,8 @@ struct StagedPrefixStep : PrefixStep<Config> {
 // of a request make its record while its others go on, with two plans in turn.
 template <class Config, int kRequests = 1, bool kStagesRows = false>
 struct PrefixRecords {
-  static constexpr int kVector = PrefixRecordGeometryOf<typename Config::KindType>::kManyVector;
-  using T = PrefixTile<Config, 256, kVector>;
-  using Step =
-      std::conditional_t<kStagesRows, StagedPrefixStep<Config>, PrefixStep<Config, kVector>>;
+  using T = PrefixTile<Config, 256>;
+  using Step = std::conditional_t<kStagesRows, StagedPrefixStep<Config>, PrefixStep<Config>>;
   using Plan = RecordPlan<Config::kHeadDim>;
   static constexpr int kCluster = 1, kThreads = kRequests * T::kThreads;
   static constexpr int kMinCtas = kStagesRows ? 3 : 2;
@@ -261,8 +331,6 @@ struct PrefixRecords {
   static constexpr int R = Config::kRatio, D = Config::kHeadDim;
   static_assert(T::kSlices == 1 && Plan::kThreads <= T::kThreads, "a CTA has all columns");
   static_assert(kRequests == 1 || Plan::Stage::kWarps == 1, "a barrier for each request's record");
-  // Whether each thread has the channels that it makes a record of.
-  static constexpr bool kHasChannels = T::kThreads == Plan::kThreads;
   static int64_t num_ctas(const DecodeParams& p) {
     return (int64_t{p.batch} + kRequests - 1) / kRequests;
   }
@@ -295,7 +363,7 @@ struct PrefixRecords {
     Step step(p, r, column);
     if constexpr (kStagesRows) step.smem = &smem.rows[request];
     step.load_new_rows(0);
-    const bool makes = kHasChannels || thread < Plan::kThreads;
+    const bool makes = thread < Plan::kThreads;
     const auto maker_of = [&](int window) {
       return RecordMaker<D>(p.records, plans[(window - r.first_window) % 2], thread);
     };
@@ -319,20 +387,11 @@ struct PrefixRecords {
       if constexpr (!kStagesRows) step.store_rows(merged);
       if (merged.last < Step::kRows) {
         auto maker = maker_of(window);
-        if constexpr (kHasChannels) {
-#pragma unroll
-          for (int v = 0; v < kVector; ++v) {
-            maker.stage.x[0][v] = step.value_at(merged.value, merged.value_before, v);
-          }
-        } else {
-          step.store_value(merged.value, merged.value_before, maker.plan.value + column);
-        }
+        step.store_value(merged.value, merged.value_before, maker.plan.value + column);
         if (makes) {
           const auto ready = maker.prepare(group, window);
-          if constexpr (!kHasChannels) {
-            wait_at_barrier<T::kThreads>(barrier);
-            maker.stage.take_value(maker.plan.value);
-          }
+          wait_at_barrier<T::kThreads>(barrier);
+          maker.stage.take_value(maker.plan.value);
           maker.finish(ready);
           if (window + 1 < r.end_window) {
             maker_of(window + 1).start(group, index, window + 1, (window + 1u) * R);

@@ -35,32 +35,36 @@ bool is_staged(const DecodeParams& p) {
 }
 template <class Config>
 using ManyPrefixRecords = PrefixRecords<Config, 1, kStagesRows<Config>>;
-template <class Config, bool kStaged, bool kWide = false>
+template <class Config, bool kStaged>
 using FewPrefixRecords =
-    PrefixTokenRecords<Config, kStaged, PrefixRecordGeometryOf<typename Config::KindType>::kThreads,
-                       kWide ? PrefixRecordGeometryOf<typename Config::KindType>::kWideRowVector
-                             : PrefixRecordGeometryOf<typename Config::KindType>::kRowVector>;
+    PrefixTokenRecords<Config, kStaged,
+                       PrefixRecordGeometryOf<typename Config::KindType>::kThreads>;
+template <class Config>
+bool fits_parts(const DecodeParams& p) {
+  return !Config::kOverlap || p.next_n <= Config::kRatio;
+}
 
 // Calls visit(Body) for the kernel of a call in the geometry of this index, or of our choice where
-// it is negative; false: there is none. 0: few requests, 1: a few more, 2: many.
+// it is negative; false: there is none. 0: few requests, 1: more, 2: many whose windows overlap.
 template <class Config, class Visit>
 bool visit_prefix_body(const DecodeParams& p, int64_t geometry, Visit&& visit) {
   using Kind = typename Config::KindType;
   using G = PrefixRecordGeometryOf<Kind>;
+  const bool few = fits_few<Config>(p), parts = fits_parts<Config>(p);
   if (geometry < 0) {
-    geometry = !fits_few<Config>(p)                       ? 2
-               : is_at_most<Kind>(p, G::kFewChannels)     ? 0
-               : is_at_most<Kind>(p, G::kWideFewChannels) ? 1
-                                                          : 2;
+    geometry = few && is_at_most<Kind>(p, G::kFewChannels)      ? 0
+               : parts && is_at_most<Kind>(p, G::kPartChannels) ? 1
+                                                                : 2;
   }
-  if (geometry == 2) return visit(ManyPrefixRecords<Config>{});
-  if (geometry > 2 || !fits_few<Config>(p)) return false;
-  const auto visit_few = [&](auto wide) {
-    constexpr bool kWide = decltype(wide)::value;
-    return is_staged<Config>(p) ? visit(FewPrefixRecords<Config, true, kWide>{})
-                                : visit(FewPrefixRecords<Config, false, kWide>{});
-  };
-  return geometry == 0 ? visit_few(std::false_type{}) : visit_few(std::true_type{});
+  if (geometry == 0 && few) {
+    return is_staged<Config>(p) ? visit(FewPrefixRecords<Config, true>{})
+                                : visit(FewPrefixRecords<Config, false>{});
+  }
+  if (geometry == 1 && parts) return visit(PrefixPartRecords<Config>{});
+  if constexpr (Config::kOverlap) {
+    if (geometry == 2) return visit(ManyPrefixRecords<Config>{});
+  }
+  return false;
 }
 
 template <class Body>
@@ -165,21 +169,26 @@ bool launch_pair(cudaStream_t stream, const DecodeRecordsCall& main,
     if (main.state_format == StateFormat::kPrefix) {
       const auto both = [&](auto is) { return is(main.params) && is(indexer.params); };
       using G = PrefixRecordGeometryOf<MainKind>;
-      if (!is_at_most<MainKind>(main.params, G::kFewChannels) || !both(fits_few<Main>)) {
-        const auto launch_many = [&](auto requests) {  // of the indexer's, for a CTA
-          return launch_two_bodies<PrefixRecords<Indexer, requests, kStagesRows<Main>>,
-                                   ManyPrefixRecords<Main>>(stream, indexer, main);
-        };
-        constexpr std::integral_constant<int, 2> kTwo;
-        constexpr std::integral_constant<int, 4> kFour;
-        return ctas_per_sm(main.params, kFour) < ctas_per_sm(main.params, kTwo) ? launch_many(kFour)
-                                                                                : launch_many(kTwo);
+      if (is_at_most<MainKind>(main.params, G::kFewPairChannels) && both(fits_few<Main>)) {
+        return both(is_staged<Main>)
+                   ? launch_two_bodies<FewPrefixRecords<Indexer, true>,
+                                       FewPrefixRecords<Main, true>>(stream, indexer, main)
+                   : launch_two_bodies<FewPrefixRecords<Indexer, false>,
+                                       FewPrefixRecords<Main, false>>(stream, indexer, main);
       }
-      return both(is_staged<Main>)
-                 ? launch_two_bodies<FewPrefixRecords<Indexer, true>, FewPrefixRecords<Main, true>>(
-                       stream, indexer, main)
-                 : launch_two_bodies<FewPrefixRecords<Indexer, false>,
-                                     FewPrefixRecords<Main, false>>(stream, indexer, main);
+      if (is_at_most<MainKind>(main.params, G::kPairPartChannels) &&
+          fits_parts<Main>(main.params)) {
+        return launch_two_bodies<PrefixPartRecords<Indexer>, PrefixPartRecords<Main>>(
+            stream, indexer, main);
+      }
+      const auto launch_many = [&](auto requests) {  // of the indexer's, for a CTA
+        return launch_two_bodies<PrefixRecords<Indexer, requests, kStagesRows<Main>>,
+                                 ManyPrefixRecords<Main>>(stream, indexer, main);
+      };
+      constexpr std::integral_constant<int, 2> kTwo;
+      constexpr std::integral_constant<int, 4> kFour;
+      return ctas_per_sm(main.params, kFour) < ctas_per_sm(main.params, kTwo) ? launch_many(kFour)
+                                                                              : launch_many(kTwo);
     }
   }
   const auto launch = [&](auto of_main, auto of_indexer) {

@@ -58,16 +58,18 @@ inline constexpr int64_t kFewPrefixChannels = 24 * 512;
 inline constexpr int64_t kFewPrefixChannelsOfMoreTokens = 16 * 512;  // for 5 to 8
 
 // The same of a step that ends in records. Few requests have CTAs of kThreads for their values, and
-// others for their rows, of which a thread has kRowVector columns; kWideRowVector of a few more. Of
-// many requests a thread has kManyVector columns.
+// others for their rows. More have CTAs for each half of their rows; and many, where windows
+// overlap, one for both, kPartChannels on. Of a pair, by its main compressor's channels.
 template <class Kind>
 struct PrefixRecordGeometryOf {
-  static constexpr int64_t kFewChannels = 24 * 512;
-  static constexpr int kThreads = Kind::kOverlap && Kind::kHeadDim > 128 ? 256 : 128;
-  static constexpr int kRowVector = 2;
-  static constexpr int64_t kWideFewChannels = (Kind::kOverlap ? 24 : 64) * 512;
-  static constexpr int kWideRowVector = Kind::kOverlap ? kRowVector : 4;
-  static constexpr int kManyVector = !Kind::kOverlap && Kind::kHeadDim > 128 ? 4 : 2;
+  static constexpr int kThreads = 128;
+  static constexpr int64_t kFewChannels = 32 * 512, kPartChannels = int64_t{1} << 62;
+};
+template <int kHeadDim>
+struct PrefixRecordGeometryOf<Kind<kHeadDim, 4, true>> {
+  static constexpr int kThreads = kHeadDim > 128 ? 256 : 128;
+  static constexpr int64_t kFewChannels = 24 * 512, kPartChannels = kHeadDim > 128 ? 128 * 512 : 0;
+  static constexpr int64_t kFewPairChannels = 16 * 512, kPairPartChannels = 48 * 512;
 };
 
 // Whether new rows wait in shared memory where requests are many: three CTAs then fit an SM, not

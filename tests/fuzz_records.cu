@@ -258,7 +258,8 @@ void draw_shape(Case& c, bool many, uint32_t most_requests, Draw& draw) {
   const Compressor& first = c.compressors.front();
   const bool is_long = first.R() == 128 && first.call.state_format == StateFormat::kRaw;
   if (draw.chance(is_long ? 0.6 : 0.25)) {
-    c.geometry = draw.between(0, is_long || draw.chance(0.05) ? 3 : 1);
+    const bool is_prefix = first.call.state_format == StateFormat::kPrefix;
+    c.geometry = draw.between(0, is_long || draw.chance(0.05) ? 3 : is_prefix ? 2 : 1);
   }
 
   c.lens_groups = draw_groups(), c.q_lens_groups = draw_groups(), c.layer_groups = draw_groups();
@@ -656,9 +657,13 @@ std::string describe(const Case& c) {
   return out.str();
 }
 
-template <class Config, bool kStaged, int kThreads, int kVector>
-std::string name_of(PrefixTokenRecords<Config, kStaged, kThreads, kVector>) {
+template <class Config, bool kStaged, int kThreads>
+std::string name_of(PrefixTokenRecords<Config, kStaged, kThreads>) {
   return kStaged ? "prefix, few, staged" : "prefix, few";
+}
+template <class Config>
+std::string name_of(PrefixPartRecords<Config>) {
+  return "prefix, parts";
 }
 template <class Config, bool kStagesRows>
 std::string name_of(PrefixRecords<Config, 1, kStagesRows>) {
