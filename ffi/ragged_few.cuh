@@ -63,7 +63,7 @@ struct FewRows {
     commit_copies();
     place = look_up();
     const auto has = start(has_value, window);
-    stored = __ballot_sync(~0u, lane < count && rows.stores(rows.start + lane));
+    stored = __ballot_sync(~0u, lane < count && rows.stores(position_of(rows.start, lane)));
     counted = __ballot_sync(~0u, lane < count && (!rows.p.rule.all || place.exists()));
     Vector<float, kVector> value;
     if constexpr (kFormat == StateFormat::kPrefix) {
@@ -75,7 +75,10 @@ struct FewRows {
   }
 
  private:
-  __device__ __forceinline__ int row_of(int j) const { return (rows.start + j) % R; }
+  // Of its window. The position of a row that does not exist may wrap around.
+  __device__ __forceinline__ int row_of(int j) const {
+    return static_cast<uint32_t>(position_of(rows.start, j)) % R;
+  }
   __device__ __forceinline__ void copy_biases() const {
     const float* const ape = rows.r.ape + half * Rows::D + rows.column;
 #pragma unroll
@@ -86,7 +89,7 @@ struct FewRows {
     }
   }
   __device__ __forceinline__ Place look_up() const {
-    int32_t position = rows.start + lane;
+    int32_t position = position_of(rows.start, lane);
     bool wanted = lane < count;
     if constexpr (kFormat == StateFormat::kPrefix) {
       if (lane == kRows) position = rows.start - 1, wanted = rows.start % R != 0;
@@ -122,7 +125,7 @@ struct FewRows {
       const Place to = place_of(j);
       row[j] = new_row(j);
       if (stored >> j & 1) rows.store_row(to, half, row[j]);
-      if (!(counted >> j & 1) || rows.start + j >= (window + 1) * R) row[j] = Rows::no_row();
+      if (!(counted >> j & 1) || row_of(0) + j >= R) row[j] = Rows::no_row();
     }
     if (!has_value) return {};
     Partial<kVector> partial;

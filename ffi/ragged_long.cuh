@@ -264,10 +264,11 @@ struct RaggedLong {
       const int slice_column = slice * T::kColumns;
       const int column = slice_column + threadIdx.x % T::kLanes * kRaggedVector;
       const Rows rows(p, group, owner, column);
-      const bool is_few = Few::serves(rows);
-      if (Few::kHasValues && is_few) return;
+      if constexpr (Few::kHasValues) {
+        if (Few::serves(rows)) return;
+      }
       const int32_t end = rows.r.end_window;
-      const bool has_end = !is_few && is_last && end * R < rows.length && rows.may_store(end);
+      const bool has_end = is_last && end * R < rows.length && rows.may_store(end);
       const int64_t out = (int64_t{group} * p.num_windows + slot) * D + slice_column;
       int32_t window = rows.r.first_window + slot - own_slot;
       if (window >= end) {
@@ -280,6 +281,10 @@ struct RaggedLong {
       }
 #pragma unroll 1
       for (; window < end || has_end; window = end) {
+        if constexpr (!Few::kHasValues) {
+          // Asked before the loop, it would make long prompts slower.
+          if (window == end && Few::serves(rows)) break;
+        }
         const bool is_maker = kRecords && window < end && threadIdx.x < kRecordThreads &&
                               slice == (is_alone ? T::kSlices - 1 : 0);
         if constexpr (kRecords) {
