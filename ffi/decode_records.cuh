@@ -146,6 +146,13 @@ struct PrefixTokenRecords {
 
 // ---------------------------------------------------------- prefixes, for more requests
 
+struct PrefixRecordsParams : DecodeParams {
+  RecordParams records;
+
+  PrefixRecordsParams(const DecodeRecordsParams& p, const RecordParams& records)
+      : DecodeParams(p), records(records) {}
+};
+
 // Grid: x = parts of requests, z = groups. A part is a request's rows, or where windows overlap one
 // half of them: D / 4 threads, with the four columns that each makes records of. Where windows
 // overlap, a step has at most R new rows: what a window needs of the other half is in the state.
@@ -163,12 +170,7 @@ struct PrefixPartRecords {
     return (int64_t{p.batch} * kParts + kAtOnce - 1) / kAtOnce;
   }
 
-  struct Params : DecodeParams {
-    RecordParams records;
-
-    Params(const DecodeRecordsParams& p, const RecordParams& records)
-        : DecodeParams(p), records(records) {}
-  };
+  using Params = PrefixRecordsParams;
   struct SharedPlan {
     Plan plans[kAtOnce][2];  // in turn
   };
@@ -335,12 +337,7 @@ struct PrefixRecords {
     return (int64_t{p.batch} + kRequests - 1) / kRequests;
   }
 
-  struct Params : DecodeParams {
-    RecordParams records;
-
-    Params(const DecodeRecordsParams& p, const RecordParams& records)
-        : DecodeParams(p), records(records) {}
-  };
+  using Params = PrefixRecordsParams;
 
   struct Plans {
     Plan plans[kRequests][2];

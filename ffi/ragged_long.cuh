@@ -192,10 +192,10 @@ struct LongWindow {
   }
 };
 
-// Grid: x = slots x slices, z = groups. The CTAs of a request's last slot also store the rows of
-// the window that it leaves open. A record is made by the first CTA of the slot's cluster, to which
-// the others send their values; or, if `slices_per_cta` is all of them, by one CTA after it went
-// through them.
+// Grid: x = requests that may bring few rows, in whole clusters, then slots x slices; z = groups.
+// The CTAs of a request's last slot also store the rows of the window that it leaves open. A record
+// is made by the first CTA of the slot's cluster, to which the others send their values; or, if
+// `slices_per_cta` is all of them, by one CTA after it went through them.
 template <class Config, StateFormat kFormat, bool kRecords>
 struct RaggedLong {
   using Window = LongWindow<Config, kFormat>;
