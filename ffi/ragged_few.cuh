@@ -21,8 +21,10 @@
 
 namespace jax_dsv4 {
 
-// One thread's part of such a request.
-template <class Config, StateFormat kFormat, int kThreads>
+// One thread's part of such a request. Plan, in shared memory: `units`, of which the first one has
+// room for new rows, and `biases` of each half of them. A thread reads only what it has copied
+// itself.
+template <class Config, StateFormat kFormat, class Plan>
 struct FewRows {
   using Rows = RaggedRows<Config, kFormat>;
   using Stored = typename Rows::Stored;
@@ -34,36 +36,38 @@ struct FewRows {
   // What a raw state has of the window, and where windows overlap of the one before it.
   static constexpr int kOldRows = kHasValues ? kHalves * R - 1 : 0;
 
-  // A thread reads only what it has copied itself.
-  struct SharedPlan {
-    StagedRows<typename Config::KvScore, kRows, kThreads> rows;
-    Vector<float, kVector> biases[kRows][kThreads];
-  };
-
-  SharedPlan& smem;
+  Plan& smem;
   const Rows& rows;
   const int half;
+  const int32_t start;  // position of the first row
+  const int count;      // of new rows
   const int lane = threadIdx.x % 32;
-  const int count = rows.length - rows.start;  // of new rows
-  const int32_t window = rows.start / R;       // of the first of them
-  const bool has_value = kHasValues && half == kOwn && rows.r.end_window > window;
+  const int32_t window = start / R;
+  const bool has_value;  // whether the value of that window is made of them
   // Lane j: of new row j, or of a row from before the call.
   Place place;
   uint32_t counted = 0, stored = 0;  // of new rows, one bit each
 
-  __device__ __forceinline__ FewRows(SharedPlan& smem, const Rows& rows, int half)
-      : smem(smem), rows(rows), half(half) {}
+  // Rows start <= position < end; `completes`: whether that is to complete their window.
+  __device__ __forceinline__ FewRows(Plan& smem, const Rows& rows, int half, int32_t start,
+                                     int32_t end, bool completes)
+      : smem(smem),
+        rows(rows),
+        half(half),
+        start(start),
+        count(end - start),
+        has_value(kHasValues && half == kOwn && completes) {}
 
-  // has = start(whether the window has a value, window), early, and if it has,
+  // has = begin(whether the window has a value, window), early, and if it has,
   // emit(has, window, value).
-  template <class Start, class Emit>
-  __device__ __forceinline__ void run(Start&& start, Emit&& emit) {
-    smem.rows.copy(0, count, rows.new_kv(rows.start, half), rows.p.row_size, rows.p.score_offset);
+  template <class Begin, class Emit>
+  __device__ __forceinline__ void run(Begin&& begin, Emit&& emit) {
+    smem.units[0].copy(0, count, rows.new_kv(start, half), rows.p.row_size, rows.p.score_offset);
     copy_biases();
     commit_copies();
     place = look_up();
-    const auto has = start(has_value, window);
-    stored = __ballot_sync(~0u, lane < count && rows.stores(position_of(rows.start, lane)));
+    const auto has = begin(has_value, window);
+    stored = __ballot_sync(~0u, lane < count && rows.stores(position_of(start, lane)));
     counted = __ballot_sync(~0u, lane < count && (!rows.p.rule.all || place.exists()));
     Vector<float, kVector> value;
     if constexpr (kFormat == StateFormat::kPrefix) {
@@ -77,29 +81,29 @@ struct FewRows {
  private:
   // Of its window. The position of a row that does not exist may wrap around.
   __device__ __forceinline__ int row_of(int j) const {
-    return static_cast<uint32_t>(position_of(rows.start, j)) % R;
+    return static_cast<uint32_t>(position_of(start, j)) % R;
   }
   __device__ __forceinline__ void copy_biases() const {
     const float* const ape = rows.r.ape + half * Rows::D + rows.column;
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
-      auto& bias = smem.biases[j][threadIdx.x];
+      auto& bias = smem.biases[half][j][threadIdx.x];
       if (rows.r.ape == nullptr) bias = {-0.0f, -0.0f, -0.0f, -0.0f};
       copy_if<kVector>(rows.r.ape != nullptr, bias.x, ape + row_of(j) * Rows::S);
     }
   }
   __device__ __forceinline__ Place look_up() const {
-    int32_t position = position_of(rows.start, lane);
+    int32_t position = position_of(start, lane);
     bool wanted = lane < count;
     if constexpr (kFormat == StateFormat::kPrefix) {
-      if (lane == kRows) position = rows.start - 1, wanted = rows.start % R != 0;
+      if (lane == kRows) position = start - 1, wanted = start % R != 0;
       if (lane == kRows + 1) {
         position = window * R - 1;
         wanted = Config::kOverlap && has_value && position >= 0;
       }
     } else if (lane >= kRows) {
       position = (window - Config::kOverlap) * R + lane - kRows;
-      wanted = has_value && position >= 0 && position < rows.start && lane < kRows + kOldRows;
+      wanted = has_value && position >= 0 && position < start && lane < kRows + kOldRows;
     }
     return rows.find_if(wanted, position);
   }
@@ -107,7 +111,7 @@ struct FewRows {
     return {__shfl_sync(~0u, place.kv, from_lane), __shfl_sync(~0u, place.score, from_lane)};
   }
   __device__ __forceinline__ Stored new_row(int j) const {
-    return rows.as_stored(smem.rows[j], smem.biases[j][threadIdx.x]);
+    return rows.as_stored(smem.units[0][j], smem.biases[half][j][threadIdx.x]);
   }
 
   // On a raw state: stores new rows, and returns the value of the window, if it has one.
@@ -180,59 +184,67 @@ struct FewRows {
   }
 };
 
-// The CTAs of a call that serve such requests, kRequests at once, beside those that serve all
-// others. Where windows overlap, each half of their rows has CTAs of its own.
-template <class Config, StateFormat kFormat, bool kRecords, int kThreads>
+// What such threads have in shared memory, where the CTA has nothing else.
+template <class Config, int kThreads>
+struct FewPlan {
+  static constexpr int kRows = std::min(Config::kRatio, 4);
+  StagedRows<typename Config::KvScore, kRows, kThreads> units[1];
+  Vector<float, kRaggedVector> biases[Config::kOverlap ? 2 : 1][kRows][kThreads];
+};
+
+// The CTAs of a call that have requests, kRequests at once: all rows of those that bring few. Of
+// others, where windows are short and not all rows are stored, they store the last rows, which
+// takes longer than all else that a walker does. Where windows overlap, each half of the rows has
+// CTAs of its own.
+template <class Config, StateFormat kFormat, bool kRecords, int kThreads, class Plan>
 struct RaggedFew {
-  using Few = FewRows<Config, kFormat, kThreads>;
+  using Few = FewRows<Config, kFormat, Plan>;
   using Rows = typename Few::Rows;
   static constexpr int R = Config::kRatio, D = Config::kHeadDim;
   static constexpr int kLanes = D / kRaggedVector;
   static constexpr int kRequests = kThreads / kLanes;
-  using Exchange = RecordExchange<D>;
+  static constexpr int kHalves = Few::kHalves;
   static_assert(kLanes % 32 == 0, "whole warps look for a request");
   // Whether these CTAs also have what becomes of values; or only rows.
   static constexpr bool kHasValues = Few::kHasValues;
-
-  using ValuePlan = typename Few::SharedPlan;
-  struct RecordsPlan : ValuePlan {
-    Exchange records[kRequests];
-  };
-  using SharedPlan = std::conditional_t<kRecords, RecordsPlan, ValuePlan>;
-
   // Whether these are all new rows of such a request.
   static __device__ __forceinline__ bool serves(const Rows& rows) {
     const bool completes = rows.r.first_window < rows.r.end_window;
     return rows.r.num_new > 0 && rows.r.num_new <= Few::kRows && (kHasValues || !completes);
   }
   static JAX_DSV4_HD uint32_t num_ctas(const RaggedParams& p) {
-    return (p.batch + kRequests - 1) / kRequests * Few::kHalves;
+    return (p.batch + kRequests - 1) / kRequests * kHalves;
   }
 
+  // `smem`: has `records`, too, one for each request, if the call ends in records.
   static __device__ __forceinline__ void run(const RaggedParams& p,
-                                             const ResultOf<kRecords>& result, SharedPlan& smem,
+                                             const ResultOf<kRecords>& result, Plan& smem,
                                              uint32_t block) {
     const uint32_t group = blockIdx.z;
     const int in_cta = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-    const uint32_t index = block / Few::kHalves * kRequests + in_cta;
-    const int half = Few::kOwn - block % Few::kHalves;
+    const uint32_t index = block / kHalves * kRequests + in_cta;
+    const int half = Few::kOwn - block % kHalves;
     if (index >= p.batch) return;
     prefetch_tables(p, group, index, lane);
     const Owner owner = find_request(p, group, index);
     const Rows rows(p, group, owner, lane * kRaggedVector);
-    if (!serves(rows)) return;
-    Few few(smem, rows, half);
+    // After a branch on a vote the compiler moves instructions past shuffles: with many rows on
+    // their way that is 0.3 us less, with a chain of merges 0.4 us more.
+    bool is_few = serves(rows);
+    if (kFormat == StateFormat::kRaw) is_few = __any_sync(~0u, is_few);
+    if (!is_few) return store_last(rows, smem, half);
+    Few few(smem, rows, half, rows.start, rows.length, rows.r.first_window < rows.r.end_window);
     if constexpr (kRecords) {
-      RecordMaker<D, Exchange> maker(result, smem.records[in_cta], lane);
-      const auto start = [&](bool wanted, int32_t window) {
-        return maker.load_all(wanted, group, index, window, static_cast<uint32_t>(window) * R);
-      };
-      few.run(start,
-              [&](const auto& loaded, int32_t window, const Vector<float, kRaggedVector>& value) {
+      RecordMaker<D, RecordExchange<D>> maker(result, smem.records[in_cta], lane);
+      few.run(
+          [&](bool wanted, int32_t window) {
+            return maker.load_all(wanted, group, index, window, static_cast<uint32_t>(window) * R);
+          },
+          [&](const auto& loaded, int32_t window, const Vector<float, kRaggedVector>& value) {
 #pragma unroll
-                for (int v = 0; v < kRaggedVector; ++v) maker.stage.x[0][v] = value.x[v];
-                maker.finish(maker.take(loaded, group, window));
-              });
+            for (int v = 0; v < kRaggedVector; ++v) maker.stage.x[0][v] = value.x[v];
+            maker.finish(maker.take(loaded, group, window));
+          });
     } else {
       int32_t slot = first_slot<Config>(owner.index, owner.begin);
       const int32_t next_slot = first_slot<Config>(owner.index + 1, owner.end);
@@ -242,6 +254,20 @@ struct RaggedFew {
       few.run([](bool, int32_t) { return 0; },
               [&](int, int32_t, const Vector<float, kRaggedVector>& value) { store_next(value); });
       while (kHasValues && half == Few::kOwn && slot < next_slot) store_next({});
+    }
+  }
+
+ private:
+  // Stores the rows of a request's last windows that are to be stored, if walkers do not.
+  static __device__ __forceinline__ void store_last(const Rows& rows, Plan& smem, int half) {
+    if (Rows::kLastWindows == 0 || rows.p.rule.all) return;
+    int32_t from = max(rows.first_last() * R, rows.start);
+#pragma unroll 1
+    for (int32_t to; from < rows.length; from = to) {
+      to = from + min(R - from % R, rows.length - from);
+      if (!rows.may_store(from / R)) continue;
+      Few few(smem, rows, half, from, to, /*completes=*/false);
+      few.run([](bool, int32_t) { return 0; }, [](int, int32_t, const auto&) {});
     }
   }
 };

@@ -24,15 +24,15 @@ inline constexpr int64_t kMostSlotsOfWalker = 1024;
 inline constexpr const char* kWrongRaggedGeometry =
     "geometry: expected -1, or 0 for long windows, or 1 to 1024 slots of a walker for short ones";
 
-// How many slots each walker has, of a call that takes so many threads with one slot each: one
-// while all of their CTAs are on the chip at once, and else so many that `ctas` of them on an SM
-// are all there are.
+// How many slots each walker has, of a call that takes so many threads with one slot each: so many
+// that no more CTAs of walkers are on an SM than is best (tuning.h).
 template <class Body>
-int64_t slots_of_walker(int64_t threads, int ctas) {
+int64_t slots_of_walker(int64_t threads, const StoreRule& rule) {
   const int64_t on_sms =
       int64_t{Body::kThreads} * std::max(device_attribute(cudaDevAttrMultiProcessorCount), 1);
-  if (threads <= Body::kMinCtas * on_sms) return 1;
-  const int64_t at_once = ctas * on_sms;
+  if (Body::Rows::kFormat == StateFormat::kRaw && threads <= Body::kMinCtas * on_sms) return 1;
+  const int live_ctas = Body::kEndsInRecords ? kWalkerCtasOfRecords : kWalkerCtas;
+  const int64_t at_once = (rule.all ? Body::kMinCtas : live_ctas) * on_sms;
   return std::min((threads + at_once - 1) / at_once, kMostSlotsOfWalker);
 }
 
@@ -50,8 +50,8 @@ const char* visit_ragged_body(const RaggedParams& p, const ResultOf<kRecords>& r
   } else {
     using Body = RaggedShort<Config, kFormat, kRecords>;
     if (geometry < 0) {
-      geometry = slots_of_walker<Body>(int64_t{p.num_groups} * p.num_windows * Body::T::kLanes,
-                                       p.rule.all ? Body::kMinCtas : kWalkerCtas);
+      geometry =
+          slots_of_walker<Body>(int64_t{p.num_groups} * p.num_windows * Body::T::kLanes, p.rule);
     }
     if (geometry < 1 || geometry > kMostSlotsOfWalker) return kWrongRaggedGeometry;
     return visit(Body{}, typename Body::Params(p, result, static_cast<int32_t>(geometry)));
@@ -69,8 +69,15 @@ const char* visit_ragged_format(const RaggedParams& p, StateFormat format,
   return visit_ragged_body<Config, StateFormat::kRaw, kRecords>(p, result, geometry, visit);
 }
 
+// As many CTAs, or one more that does nothing: where one SM alone has another one than all others,
+// it gets that early, and has one walker more than any other to the end.
+inline unsigned padded(int64_t ctas) {
+  const int sms = std::max(device_attribute(cudaDevAttrMultiProcessorCount), 2);
+  return static_cast<unsigned>(ctas + (ctas % sms == 1));
+}
+
 inline const char* problem_of_grid(const RaggedParams& p, int64_t ctas) {
-  return ctas > kMaxGridX || p.num_groups > kMaxGridYZ ? kTooManyRows : nullptr;
+  return ctas >= kMaxGridX || p.num_groups > kMaxGridYZ ? kTooManyRows : nullptr;
 }
 
 template <class Body>
@@ -78,7 +85,8 @@ const char* launch_ragged_body(cudaStream_t stream, const typename Body::Params&
   const int64_t ctas = params.num_ctas();
   if (const char* problem = problem_of_grid(params, ctas)) return problem;
   if (ctas == 0) return nullptr;
-  const dim3 grid(static_cast<unsigned>(ctas), 1, params.num_groups);
+  const dim3 grid(Body::kMayBePadded ? padded(ctas) : static_cast<unsigned>(ctas), 1,
+                  params.num_groups);
   launch_in_clusters(stream, ragged_kernel<Body>, grid, Body::kThreads, params.cluster(), params);
   return nullptr;
 }
@@ -139,7 +147,7 @@ inline bool launch_ragged_pair(cudaStream_t stream, const RaggedRecordsCall& a,
     using Body = RaggedShort<Main, StateFormat::kRaw, true>;
     constexpr int kLanes = Body::T::kLanes + ShortTile<Indexer>::kLanes;
     const int64_t geometry = slots_of_walker<Body>(
-        int64_t{main.params.num_groups} * main.params.num_windows * kLanes, kWalkerCtas);
+        int64_t{main.params.num_groups} * main.params.num_windows * kLanes, main.params.rule);
     return visit_ragged_format<Indexer, true>(
                indexer.params, indexer.state_format, records_of(indexer), geometry,
                [&](auto first, const auto& first_params) {
@@ -155,7 +163,7 @@ inline bool launch_ragged_pair(cudaStream_t stream, const RaggedRecordsCall& a,
                            return problem;
                          }
                          if (ctas == 0) return nullptr;
-                         const dim3 grid(static_cast<unsigned>(ctas), 1, main.params.num_groups);
+                         const dim3 grid(padded(ctas), 1, main.params.num_groups);
                          launch_in_clusters(stream, ragged_two_kernel<First, Second>, grid,
                                             First::kThreads, 1, first_params, second_params,
                                             static_cast<uint32_t>(first_ctas));

@@ -145,14 +145,16 @@ struct LongWindow {
         Own::template add<1>(&row, partial);
       }
     }
-    [[maybe_unused]] Prefix open[kVector];  // before the thread's rows
-    if (kFormat == StateFormat::kPrefix && may_store) {
-#pragma unroll
-      for (int v = 0; v < kVector; ++v) open[v] = prefix_of(partial, v);
-    }
-    own.template add_new<8>(fetch, 0, counted, stored, partial);
+    // Of the thread's rows, those before the first one that is stored, or few less.
+    [[maybe_unused]] Partial<kVector> before = partial;
+    [[maybe_unused]] const int first_open = (__ffs(stored) - 1) / Own::kBatch * Own::kBatch;
+    own.template add_new<8>(fetch, 0, counted, stored, partial, [&](int j) {
+      if (kFormat == StateFormat::kPrefix && j == first_open) before = partial;
+    });
     if constexpr (kFormat == StateFormat::kPrefix) {
-      if (may_store) store_prefixes(own, fetch, counted, stored, open);
+      if (may_store) {
+        store_prefixes(own, fetch, counted, stored, max(first_open, own.first_new), before);
+      }
     }
     wait_for_copies<0>();  // of the biases, before they are copied again
   }
@@ -160,7 +162,8 @@ struct LongWindow {
   // Merges row after row what the row groups hold, and stores the rows that are to be stored.
   template <class Fetch>
   __device__ __forceinline__ void store_prefixes(const Own& own, Fetch&& fetch, uint32_t counted,
-                                                 uint32_t stored, Prefix (&open)[kVector]) const {
+                                                 uint32_t stored, int first_open,
+                                                 const Partial<kVector>& before) const {
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       const Prefix all = prefix_of(partial, v);
@@ -180,14 +183,14 @@ struct LongWindow {
       }
     }
     __syncthreads();  // what is before each row group, before it is read
-    if (row_group > 0) {
+    Prefix open[kVector];
 #pragma unroll
-      for (int v = 0; v < kVector; ++v) {
-        open[v] = {smem.prefixes[row_group][0][lane_column + v],
-                   smem.prefixes[row_group][1][lane_column + v]};
-      }
+    for (int v = 0; v < kVector; ++v) {
+      open[v] = merge({smem.prefixes[row_group][0][lane_column + v],
+                       smem.prefixes[row_group][1][lane_column + v]},
+                      prefix_of(before, v));
     }
-    own.store_prefixes(fetch, 0, counted, stored, open);
+    own.store_prefixes(fetch, 0, counted, stored, first_open, open);
     __syncthreads();  // all reads, before the partial results take the same memory
   }
 };
@@ -203,8 +206,14 @@ struct RaggedLong {
   using Rows = typename Window::Rows;
   static constexpr int R = Config::kRatio, D = Config::kHeadDim;
   static constexpr int kThreads = T::kThreads, kMinCtas = T::kMinCtas;
+  static constexpr bool kMayBePadded = false;
   using Plan = RecordPlan<D>;
-  using Few = RaggedFew<Config, kFormat, kRecords, kThreads>;
+  static constexpr int kRequests = kThreads / (D / kRaggedVector);  // of few rows, in a CTA
+  struct FewRecordsPlan : FewPlan<Config, kThreads> {
+    RecordExchange<D> records[kRequests];
+  };
+  using FewSharedPlan = std::conditional_t<kRecords, FewRecordsPlan, FewPlan<Config, kThreads>>;
+  using Few = RaggedFew<Config, kFormat, kRecords, kThreads, FewSharedPlan>;
   static_assert(!kRecords || (T::kSlices <= 8 && Plan::kThreads <= kThreads),
                 "a cluster has at most 8 CTAs on every chip, and a record D / 4 threads");
 
@@ -228,7 +237,7 @@ struct RaggedLong {
   using SlotsPlan = std::conditional_t<kRecords, RecordsPlan, ValuePlan>;
   union SharedPlan {
     SlotsPlan slots;
-    typename Few::SharedPlan few;
+    FewSharedPlan few;
   };
 
   static __device__ __forceinline__ void run(const Params& p, SharedPlan& smem, uint32_t block) {

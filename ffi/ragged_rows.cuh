@@ -174,6 +174,15 @@ struct RaggedRows {
     const Divisor& every = p.rule.resume_every;
     return reach >= (int64_t{window * R / every} + 1) * every.value;
   }
+  // The rows of a request's last windows, the one that is left open among them, are stored by CTAs
+  // that know the request (RaggedFew), where windows are short and not all rows are stored: from
+  // this window on.
+  static constexpr int kLastWindows = R <= 4 ? 4 : 0;
+  __device__ __forceinline__ int32_t first_last() const {
+    const auto end = static_cast<int32_t>(r.end_window) + (length % R != 0);
+    if (kLastWindows == 0 || p.rule.all) return end;
+    return max(end - kLastWindows, static_cast<int32_t>(r.first_window));
+  }
   // Whether all rows of a window are new.
   __device__ __forceinline__ bool is_whole(int32_t window) const {
     return window * R >= start && window * R + (R - 1) < length;
@@ -407,10 +416,12 @@ struct Neighbours {
     return Rows::no_row();
   }
   // Adds the new rows that count, and on a raw state stores some; fetch(j): new row j. kAtOnce of
-  // them are on their way at once.
-  template <int kAtOnce, class Fetch>
+  // them are on their way at once. before(j): the rows before j have been added, for every
+  // kBatch-th.
+  template <int kAtOnce, class Fetch, class Before>
   __device__ __forceinline__ void add_new(Fetch&& fetch, int half, uint32_t counted,
-                                          uint32_t stored, Partial<kRaggedVector>& partial) const {
+                                          uint32_t stored, Partial<kRaggedVector>& partial,
+                                          Before&& before) const {
     const uint32_t needed = counted | stored;
 #pragma unroll 1
     for (int from = 0; from < kRows; from += kAtOnce) {
@@ -427,6 +438,7 @@ struct Neighbours {
         for (int i = 0; i < kBatch; ++i) {
           row[i] = rows.as_stored(fetched[k + i], bias_at(from + k + i, half));
         }
+        before(from + k);
         const uint32_t stored_here = stored >> (from + k), counted_here = counted >> (from + k);
         if (Rows::kFormat == StateFormat::kRaw && (stored_here & kOfBatch) != 0) {
           if (__builtin_expect(one_page, 1)) {
@@ -448,17 +460,17 @@ struct Neighbours {
       }
     }
   }
-  // On a state of prefixes: merges the rows that count into the prefix before them, and stores it
-  // as the rows that are stored.
+  // On a state of prefixes: merges the rows that count, from `first_open` on, into the prefix
+  // before them, and stores it as the rows that are stored.
   template <class Fetch>
   __device__ __forceinline__ void store_prefixes(Fetch&& fetch, int half, uint32_t counted,
-                                                 uint32_t stored,
+                                                 uint32_t stored, int first_open,
                                                  Prefix (&open)[kRaggedVector]) const {
     if (stored == 0) return;
-    auto next = fetch(first_new, true);
-    auto next_bias = bias_at(first_new, half);
+    auto next = fetch(first_open, true);
+    auto next_bias = bias_at(first_open, half);
 #pragma unroll 1
-    for (int j = first_new; stored >> j != 0; ++j) {
+    for (int j = first_open; stored >> j != 0; ++j) {
       Stored row = rows.as_stored(next, next_bias);
       next = fetch(min(j + 1, end - 1), j + 1 < end);
       next_bias = bias_at(min(j + 1, end - 1), half);

@@ -10,6 +10,7 @@
 #include "ragged_few.cuh"
 #include "ragged_rows.cuh"
 #include "record_maker.cuh"
+#include "tuning.h"
 #include "vector.cuh"
 
 namespace jax_dsv4 {
@@ -108,20 +109,27 @@ struct ShortWindows {
   }
 
  private:
+  // Whether any of its rows may have to be stored here.
+  __device__ __forceinline__ bool may_store(int32_t window) const {
+    return window >= first && rows.may_store(window) && window < rows.first_last();
+  }
   // Whether its first half is needed: for the next one, or to be stored.
   __device__ __forceinline__ bool needs_first_half(int32_t window) const {
-    return window + 1 < end || (window >= first && rows.may_store(window));
+    return window + 1 < end || may_store(window);
   }
   // From `window` on to this one, all rows of a window are new, and none is stored.
   __device__ __forceinline__ int32_t plain_end(int32_t window) const {
     const StoreRule& rule = rows.p.rule;
     if (rule.all || window * R < rows.start) return window;
+    const int32_t end_stored = rows.first_last();
+    if (window >= end_stored) return end;
     int64_t next = max(rows.length - rule.max_rewind, 0);  // as in may_store
     if (rule.resumes) {
       const Divisor& every = rule.resume_every;
       next = min(next, (int64_t{window * R / every} + 1) * every.value);
     }
-    return min(static_cast<int32_t>((next - 1) / R) - Config::kOverlap, end);
+    const int32_t first_stored = static_cast<int32_t>((next - 1) / R) - Config::kOverlap;
+    return first_stored < end_stored ? min(first_stored, end) : end;
   }
 
   // Starts copies of one half of a window's new rows, if there is such a window and they are
@@ -168,7 +176,7 @@ struct ShortWindows {
                                             Partial<kVector>& partial,
                                             Partial<kVector>& before) const {
     const bool has_next = Config::kOverlap && window + 1 < end;
-    const bool may_store = window >= first && rows.may_store(window);
+    const bool may_store = this->may_store(window);
     Own own(rows, window * R);
     if (may_store || own.first_new > 0 || rows.p.rule.all) own.find_places();
     const uint32_t stored = may_store ? own.stored() : 0;
@@ -223,15 +231,17 @@ struct ShortWindows {
         }
       }
     }
-    own.template add_new<R>(fetch, half, counted, stored, partial);
+    own.template add_new<R>(fetch, half, counted, stored, partial, [](int) {});
     if constexpr (kFormat == StateFormat::kPrefix) {
-      own.store_prefixes(fetch, half, counted, stored, open);
+      own.store_prefixes(fetch, half, counted, stored, own.first_new, open);
     }
   }
 };
 
-// Grid: x = requests that may bring few rows, then walkers, kWalkers at once; z = groups. The
-// walker of a request's last slot also stores the rows of the window that it leaves open.
+// Grid: x = walkers, kWalkers at once, and before or behind them requests, kRequests at once; z =
+// groups. CTAs of requests (RaggedFew) have those that bring few rows, and store the last rows of
+// others, unless all are stored: then the walker of a request's last slot has the window that it
+// leaves open.
 template <class Config, StateFormat kFormat, bool kRecords>
 struct RaggedShort {
   using T = ShortTile<Config>;
@@ -242,43 +252,43 @@ struct RaggedShort {
   using Plan = ShortPlan<Config, kUnits>;
   using Windows = ShortWindows<Config, kFormat, Plan>;
   using Rows = typename Windows::Rows;
-  using Few = RaggedFew<Config, kFormat, kRecords, T::kThreads>;
   static constexpr int R = Config::kRatio, D = Config::kHeadDim;
-  static constexpr int kThreads = T::kThreads, kMinCtas = kRecords ? 3 : 4;
+  static constexpr int kThreads = T::kThreads;
+  static constexpr int kMinCtas = kRecords || kFormat == StateFormat::kRaw ? 3 : 4;
+  static constexpr bool kEndsInRecords = kRecords, kMayBePadded = true;
   using Exchange = RecordExchange<D>;
+  struct RecordsPlan : Plan {
+    Exchange records[T::kWalkers];
+  };
+  using SharedPlan = std::conditional_t<kRecords, RecordsPlan, Plan>;
+  using Few = RaggedFew<Config, kFormat, kRecords, kThreads, SharedPlan>;
 
   struct Params : RaggedParams {
     ResultOf<kRecords> result;
     int32_t slots_per_walker;
+    uint32_t first_walkers, walker_ctas;  // CTAs
 
     Params(const RaggedParams& p, const ResultOf<kRecords>& result, int32_t slots_per_walker)
-        : RaggedParams(p), result(result), slots_per_walker(slots_per_walker) {}
-    int64_t num_ctas() const {
+        : RaggedParams(p), result(result), slots_per_walker(slots_per_walker) {
       const int64_t slots = int64_t{slots_per_walker} * T::kWalkers;  // of a CTA
-      return Few::num_ctas(*this) + (num_windows + slots - 1) / slots;
+      walker_ctas = static_cast<uint32_t>((num_windows + slots - 1) / slots);
+      first_walkers = slots_per_walker > kFewSlotsOfWalker ? 0 : Few::num_ctas(*this);
     }
+    int64_t num_ctas() const { return int64_t{walker_ctas} + Few::num_ctas(*this); }
     int cluster() const { return 1; }
-  };
-  struct RecordsPlan : Plan {
-    Exchange records[T::kWalkers];
-  };
-  using WalkersPlan = std::conditional_t<kRecords, RecordsPlan, Plan>;
-  union SharedPlan {
-    WalkersPlan walkers;
-    typename Few::SharedPlan few;
   };
 
   static __device__ __forceinline__ void run(const Params& p, SharedPlan& smem, uint32_t block) {
-    const uint32_t few_ctas = Few::num_ctas(p);
-    if (block < few_ctas) {
-      Few::run(p, p.result, smem.few, block);
+    const uint32_t of_walkers = block - p.first_walkers;  // or more than they are
+    if (of_walkers < p.walker_ctas) {
+      walk(p, smem, of_walkers);
     } else {
-      walk(p, smem.walkers, block - few_ctas);
+      Few::run(p, p.result, smem, block < p.first_walkers ? block : block - p.walker_ctas);
     }
   }
 
  private:
-  static __device__ __forceinline__ void walk(const Params& p, WalkersPlan& smem, uint32_t block) {
+  static __device__ __forceinline__ void walk(const Params& p, SharedPlan& smem, uint32_t block) {
     const uint32_t group = blockIdx.z;
     const int in_cta = threadIdx.x / T::kLanes, lane = threadIdx.x % T::kLanes;
     const uint32_t walker = block * T::kWalkers + in_cta;
@@ -301,8 +311,8 @@ struct RaggedShort {
       const int32_t end_window = rows.r.end_window;
       const int32_t first = min(rows.r.first_window + slot - own_slot, end_window);
       const int32_t end = min(first + next - slot, end_window);
-      const bool has_end =
-          next == next_slot && end_window * R < rows.length && rows.may_store(end_window);
+      const bool has_end = next == next_slot && end_window * R < rows.length &&
+                           end_window < rows.first_last() && rows.may_store(end_window);
       const Windows windows{smem, rows, first, end, has_end};
       if constexpr (kRecords) {
         RecordMaker<D, Exchange> maker(p.result, smem.records[in_cta], lane);

@@ -103,6 +103,10 @@ struct RecordGeometriesOf<Kind<kHeadDim, 128, false>> {
 
 // Of a ragged batch, short windows, most of whose rows are not stored: so many CTAs of walkers are
 // on an SM, all at once, and each walks as many slots as that takes.
-inline constexpr int kWalkerCtas = 3;
+inline constexpr int kWalkerCtas = 2, kWalkerCtasOfRecords = 3;
+// CTAs of requests are launched before those of walkers of at most so many slots: they take longer.
+// Behind longer walks: where they are before them, some SMs have three CTAs of walkers and others
+// one.
+inline constexpr int kFewSlotsOfWalker = 4;
 
 }  // namespace jax_dsv4

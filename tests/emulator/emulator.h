@@ -472,6 +472,7 @@ inline bool __any_sync(uint32_t mask, bool x, emulator::Place at = {}) {
   return emulator::meet_warp(true, mask, x, 0, at)->ballot != 0;
 }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
 inline uint32_t __ballot_sync(uint32_t mask, bool x, emulator::Place at = {}) {
   return emulator::meet_warp(true, mask, x, 0, at)->ballot;
 }
