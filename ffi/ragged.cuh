@@ -2,9 +2,9 @@
 //
 // The work is cut into slots: a slot is a row of `kv_comp` and the window that goes there, if there
 // is one; and a request's last slot also has the rows of the window that it leaves open. Nobody has
-// counted anything before: the threads of a slot find whose it is in `cu_q_lens`. Requests that
-// bring few rows have CTAs of their own (ragged_few.cuh), the first ones, and those of their slots
-// do nothing.
+// counted anything before: the threads of a slot find whose it is in `cu_q_lens`. Other CTAs have
+// requests (ragged_few.cuh): those that bring few rows, whose slots then do nothing, and where
+// windows are short the last rows of others, which are stored.
 //
 // A thread has four channels. It takes new rows from kv_score, rounded as they are stored, and
 // those from before the call from the state; nothing waits for a store. Value of a window, per
