@@ -33,7 +33,7 @@ int64_t slots_of_walker(int64_t threads, const StoreRule& rule) {
   if (Body::Rows::kFormat == StateFormat::kRaw && threads <= Body::kMinCtas * on_sms) return 1;
   const int live_ctas = Body::kEndsInRecords ? kWalkerCtasOfRecords : kWalkerCtas;
   const int64_t at_once = (rule.all ? Body::kMinCtas : live_ctas) * on_sms;
-  return std::min((threads + at_once - 1) / at_once, kMostSlotsOfWalker);
+  return std::clamp<int64_t>((threads + at_once - 1) / at_once, 1, kMostSlotsOfWalker);
 }
 
 // Calls visit(Body, params) for the kernel of a call; `geometry`: so many slots of a walker for
