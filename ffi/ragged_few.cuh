@@ -192,10 +192,10 @@ struct FewPlan {
   Vector<float, kRaggedVector> biases[Config::kOverlap ? 2 : 1][kRows][kThreads];
 };
 
-// The CTAs of a call that have requests, kRequests at once: all rows of those that bring few. Of
-// others, where windows are short and not all rows are stored, they store the last rows, which
-// takes longer than all else that a walker does. Where windows overlap, each half of the rows has
-// CTAs of its own.
+// The CTAs of a call that have requests, kRequests at once. They have all rows of those that bring
+// few. Of others, where windows are short and not all rows are stored, they store the last rows,
+// which takes longer than all else that a walker does. Where windows overlap, each half of the rows
+// has CTAs of its own.
 template <class Config, StateFormat kFormat, bool kRecords, int kThreads, class Plan>
 struct RaggedFew {
   using Few = FewRows<Config, kFormat, Plan>;
@@ -207,6 +207,7 @@ struct RaggedFew {
   static_assert(kLanes % 32 == 0, "whole warps look for a request");
   // Whether these CTAs also have what becomes of values; or only rows.
   static constexpr bool kHasValues = Few::kHasValues;
+
   // Whether these are all new rows of such a request.
   static __device__ __forceinline__ bool serves(const Rows& rows) {
     const bool completes = rows.r.first_window < rows.r.end_window;
@@ -228,8 +229,8 @@ struct RaggedFew {
     prefetch_tables(p, group, index, lane);
     const Owner owner = find_request(p, group, index);
     const Rows rows(p, group, owner, lane * kRaggedVector);
-    // After a branch on a vote the compiler moves instructions past shuffles: with many rows on
-    // their way that is 0.3 us less, with a chain of merges 0.4 us more.
+    // Behind a branch on a vote the compiler moves instructions past shuffles: 0.3 us less where
+    // many rows are on their way, but 0.4 us more where rows are merged one after the other.
     bool is_few = serves(rows);
     if (kFormat == StateFormat::kRaw) is_few = __any_sync(~0u, is_few);
     if (!is_few) return store_last(rows, smem, half);

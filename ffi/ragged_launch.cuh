@@ -69,8 +69,8 @@ const char* visit_ragged_format(const RaggedParams& p, StateFormat format,
   return visit_ragged_body<Config, StateFormat::kRaw, kRecords>(p, result, geometry, visit);
 }
 
-// As many CTAs, or one more that does nothing: where one SM alone has another one than all others,
-// it gets that early, and has one walker more than any other to the end.
+// As many CTAs, or one more, which does nothing: an SM that alone gets one more than all others
+// gets it early, a walker more than any other has.
 inline unsigned padded(int64_t ctas) {
   const int sms = std::max(device_attribute(cudaDevAttrMultiProcessorCount), 2);
   return static_cast<unsigned>(ctas + (ctas % sms == 1));

@@ -104,9 +104,9 @@ struct RecordGeometriesOf<Kind<kHeadDim, 128, false>> {
 // Of a ragged batch, short windows, most of whose rows are not stored: so many CTAs of walkers are
 // on an SM, all at once, and each walks as many slots as that takes.
 inline constexpr int kWalkerCtas = 2, kWalkerCtasOfRecords = 3;
-// CTAs of requests are launched before those of walkers of at most so many slots: they take longer.
-// Behind longer walks: where they are before them, some SMs have three CTAs of walkers and others
-// one.
+// CTAs of requests come before those of walkers that have at most so many slots, as they take
+// longer. They come behind walkers of more: before those they would leave them unevenly placed,
+// three on one SM and one on another.
 inline constexpr int kFewSlotsOfWalker = 4;
 
 }  // namespace jax_dsv4
