@@ -63,7 +63,7 @@ inline constexpr int64_t kFewPrefixChannelsOfMoreTokens = 16 * 512;  // for 5 to
 template <class Kind>
 struct PrefixRecordGeometryOf {
   static constexpr int kThreads = 128;
-  static constexpr int64_t kFewChannels = 32 * 512, kPartChannels = int64_t{1} << 62;
+  static constexpr int64_t kFewChannels = 48 * 512, kPartChannels = int64_t{1} << 62;
 };
 template <int kHeadDim>
 struct PrefixRecordGeometryOf<Kind<kHeadDim, 4, true>> {
