@@ -21,6 +21,10 @@
 
 namespace jax_dsv4 {
 
+// At most so many rows are few.
+template <class Config>
+inline constexpr int kFewRows = std::min(Config::kRatio, 4);
+
 // One thread's part of such a request. Plan, in shared memory: `units`, of which the first one has
 // room for new rows, and `biases` of each half of them. A thread reads only what it has copied
 // itself.
@@ -30,7 +34,7 @@ struct FewRows {
   using Stored = typename Rows::Stored;
   static constexpr int R = Config::kRatio, kVector = kRaggedVector;
   static constexpr int kHalves = Config::kOverlap ? 2 : 1, kOwn = kHalves - 1;
-  static constexpr int kRows = std::min(R, 4);  // at most so many are few
+  static constexpr int kRows = kFewRows<Config>;
   // On a raw state, of a window of many rows, nothing but the new ones: none that is completed.
   static constexpr bool kHasValues = kFormat == StateFormat::kPrefix || R <= 32;
   // What a raw state has of the window, and where windows overlap of the one before it.
@@ -187,7 +191,7 @@ struct FewRows {
 // What such threads have in shared memory, where the CTA has nothing else.
 template <class Config, int kThreads>
 struct FewPlan {
-  static constexpr int kRows = std::min(Config::kRatio, 4);
+  static constexpr int kRows = kFewRows<Config>;
   StagedRows<typename Config::KvScore, kRows, kThreads> units[1];
   Vector<float, kRaggedVector> biases[Config::kOverlap ? 2 : 1][kRows][kThreads];
 };
