@@ -130,6 +130,19 @@ struct Partial {
       }
     }
   }
+
+  // Other rows.
+  __device__ void add(const Partial& other) {
+#pragma unroll
+    for (int v = 0; v < kSize; ++v) {
+      const float highest = fmaxf(max.x[v], other.max.x[v]);
+      const float scale = fast_exp(max.x[v] - finite(highest));
+      const float scale_of_other = fast_exp(other.max.x[v] - finite(highest));
+      max.x[v] = highest;
+      sum.x[v] = sum.x[v] * scale + other.sum.x[v] * scale_of_other;
+      weighted.x[v] = weighted.x[v] * scale + other.weighted.x[v] * scale_of_other;
+    }
+  }
 };
 
 // A vector of a new row, as it was projected and as it is stored.

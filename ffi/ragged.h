@@ -54,12 +54,18 @@ struct RaggedParams : DecodeParams {
   uint32_t num_seqs_stride;   // 1 or 0
   StoreRule rule;
 
-  // How many requests of a group are there.
+  // How many requests of a group are there; `given`: its entry of `num_seqs`, if that is there.
   JAX_DSV4_HD int32_t num_seqs_of(uint32_t group) const {
+    return clamped_num_seqs(num_seqs == nullptr ? 0 : num_seqs[group * num_seqs_stride]);
+  }
+  JAX_DSV4_HD int32_t clamped_num_seqs(int32_t given) const {
     const int32_t most = static_cast<int32_t>(batch);
     if (num_seqs == nullptr) return most;
-    const int32_t n = num_seqs[group * num_seqs_stride];
-    return n < 0 ? 0 : n < most ? n : most;
+    return given < 0 ? 0 : given < most ? given : most;
+  }
+  // The layer that a group's call works on, where that is an operand.
+  JAX_DSV4_HD uint32_t layer_of(uint32_t group) const {
+    return layer == nullptr ? 0 : layer[group * layer_stride];
   }
   // An entry of `cu_q_lens`, of which a running maximum is to be taken.
   JAX_DSV4_HD int32_t clamped(int32_t entry) const {
@@ -74,16 +80,17 @@ JAX_DSV4_HD int32_t first_slot(int32_t index, int32_t begin) {
   return begin / Config::kRatio + index;
 }
 
-// Request `index`, of this length, whose new rows are begin <= row < end of `kv_score`.
+// Request `index`, of this length, whose new rows are begin <= row < end of `kv_score`; `layer`:
+// p.layer_of(group).
 template <class Config>
 JAX_DSV4_HD Request<Config> ragged_request_at(const RaggedParams& p, uint32_t group, uint32_t index,
-                                              int32_t length, int32_t begin, int32_t end) {
+                                              int32_t length, int32_t begin, int32_t end,
+                                              uint32_t layer) {
   using KvScore = typename Config::KvScore;
   int32_t n = end - begin;
   Request<Config> r;
   r.pool_row = group * p.rows_per_group;
   if (p.layer != nullptr) {
-    const uint32_t layer = p.layer[group * p.layer_stride];
     if (layer >= p.num_layers) n = 0;  // a layer that does not exist: nothing is active
     r.pool_row += layer * p.rows_per_layer;
   }

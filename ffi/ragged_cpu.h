@@ -42,9 +42,10 @@ template <class Config>
 RaggedRequest<Config> find_request(const RaggedParams& p, const int32_t* starts, uint32_t group,
                                    uint32_t index) {
   const int32_t length = p.kv_lens[group * p.kv_lens_stride + index];
+  const uint32_t layer = p.layer_of(group);
   RaggedRequest<Config> r{
-      ragged_request_at<Config>(p, group, index, length, starts[index], starts[index + 1]), index,
-      starts[index], 0, 0};
+      ragged_request_at<Config>(p, group, index, length, starts[index], starts[index + 1], layer),
+      index, starts[index], 0, 0};
   r.start = std::max(r.first_position, 0);
   r.length = r.num_new > 0 ? length : 0;
   return r;

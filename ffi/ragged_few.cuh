@@ -1,10 +1,11 @@
 // Ragged batches (ragged.cuh): requests that bring few new rows, as those do that decode. Device
 // code only.
 //
-// Such a request completes at most one window. D / 4 threads have all of its rows, or one half
-// where windows overlap, whatever slots it has: they know whose they are before anything is loaded,
-// so that tables come while lengths do. Then, as in a decode step, one row is looked up by each
-// lane, and all rows that the state has of the window are on their way before any is waited for.
+// Such a request completes at most one window. Threads have all of its rows, or one half where
+// windows overlap, in some channels each, whatever slots it has: they know whose they are before
+// anything is loaded, so that tables come while lengths do. Then, as in a decode step, one row is
+// looked up by each lane, and all rows that the state has of the window are on their way before any
+// is waited for.
 #pragma once
 
 #include <algorithm>
@@ -17,6 +18,7 @@
 #include "ragged.h"
 #include "ragged_rows.cuh"
 #include "record_maker.cuh"
+#include "tuning.h"
 #include "vector.cuh"
 
 namespace jax_dsv4 {
@@ -25,14 +27,23 @@ namespace jax_dsv4 {
 template <class Config>
 inline constexpr int kFewRows = std::min(Config::kRatio, 4);
 
-// One thread's part of such a request. Plan, in shared memory: `units`, of which the first one has
-// room for new rows, and `biases` of each half of them. A thread reads only what it has copied
-// itself.
-template <class Config, StateFormat kFormat, class Plan>
+// New rows and their biases, of each thread its own channels: on their way into shared memory, or
+// where a thread has one channel into registers.
+template <class Config, int kThreads, int kVector>
+struct FewPlan {
+  StagedRows<typename Config::KvScore, kFewRows<Config>, kThreads, kVector> rows;
+  Vector<float, kVector> biases[kFewRows<Config>][kThreads];
+};
+template <class Config, int kThreads>
+struct FewPlan<Config, kThreads, 1> {};
+
+// One thread's part of such a request.
+template <class Config, StateFormat kFormat, int kVector, int kThreads>
 struct FewRows {
-  using Rows = RaggedRows<Config, kFormat>;
+  using Rows = RaggedRows<Config, kFormat, kVector>;
+  using Plan = FewPlan<Config, kThreads, kVector>;
   using Stored = typename Rows::Stored;
-  static constexpr int R = Config::kRatio, kVector = kRaggedVector;
+  static constexpr int R = Config::kRatio;
   static constexpr int kHalves = Config::kOverlap ? 2 : 1, kOwn = kHalves - 1;
   static constexpr int kRows = kFewRows<Config>;
   // On a raw state, of a window of many rows, nothing but the new ones: none that is completed.
@@ -51,6 +62,9 @@ struct FewRows {
   // Lane j: of new row j, or of a row from before the call.
   Place place;
   uint32_t counted = 0, stored = 0;  // of new rows, one bit each
+  static constexpr bool kInRegisters = kVector == 1;
+  typename Rows::Projected projected[kRows];  // if so
+  typename Rows::Bias biases[kRows];
 
   // Rows start <= position < end; `completes`: whether that is to complete their window.
   __device__ __forceinline__ FewRows(Plan& smem, const Rows& rows, int half, int32_t start,
@@ -66,13 +80,9 @@ struct FewRows {
   // emit(has, window, value).
   template <class Begin, class Emit>
   __device__ __forceinline__ void run(Begin&& begin, Emit&& emit) {
-    smem.units[0].copy(0, count, rows.new_kv(start, half), rows.p.row_size, rows.p.score_offset);
-    copy_biases();
-    commit_copies();
-    place = look_up();
+    place = look_up();  // first, as old rows wait for it
+    fetch_new();
     const auto has = begin(has_value, window);
-    stored = __ballot_sync(~0u, lane < count && rows.stores(position_of(start, lane)));
-    counted = __ballot_sync(~0u, lane < count && (!rows.p.rule.all || place.exists()));
     Vector<float, kVector> value;
     if constexpr (kFormat == StateFormat::kPrefix) {
       value = merge_prefixes();
@@ -87,14 +97,37 @@ struct FewRows {
   __device__ __forceinline__ int row_of(int j) const {
     return static_cast<uint32_t>(position_of(start, j)) % R;
   }
-  __device__ __forceinline__ void copy_biases() const {
+  __device__ __forceinline__ void fetch_new() {
+    const bool has_ape = rows.r.ape != nullptr;
     const float* const ape = rows.r.ape + half * Rows::D + rows.column;
+    const auto* const kv = rows.new_kv(start, half);
+    if constexpr (kInRegisters) {
 #pragma unroll
-    for (int j = 0; j < kRows; ++j) {
-      auto& bias = smem.biases[half][j][threadIdx.x];
-      if (rows.r.ape == nullptr) bias = {-0.0f, -0.0f, -0.0f, -0.0f};
-      copy_if<kVector>(rows.r.ape != nullptr, bias.x, ape + row_of(j) * Rows::S);
+      for (int j = 0; j < kRows; ++j) {
+        projected[j] = rows.load_new_if(j < count, kv + j * rows.p.row_size);
+      }
+#pragma unroll
+      for (int j = 0; j < kRows; ++j) {
+        biases[j] = load_if(has_ape, ape + row_of(j) * Rows::S, Rows::no_bias());
+      }
+    } else {
+      smem.rows.copy(0, count, kv, rows.p.row_size, rows.p.score_offset);
+#pragma unroll
+      for (int j = 0; j < kRows; ++j) {
+        auto& bias = smem.biases[j][threadIdx.x];
+        if (!has_ape) bias = Rows::no_bias();
+        copy_if<kVector>(has_ape, bias.x, ape + row_of(j) * Rows::S);
+      }
+      commit_copies();
     }
+  }
+  __device__ __forceinline__ void wait_for_new() const {
+    if constexpr (!kInRegisters) wait_for_copies<0>();
+  }
+  // While old rows are on their way.
+  __device__ __forceinline__ void find_bits() {
+    stored = __ballot_sync(~0u, lane < count && rows.stores(position_of(start, lane)));
+    counted = __ballot_sync(~0u, lane < count && (!rows.p.rule.all || place.exists()));
   }
   __device__ __forceinline__ Place look_up() const {
     int32_t position = position_of(start, lane);
@@ -115,18 +148,22 @@ struct FewRows {
     return {__shfl_sync(~0u, place.kv, from_lane), __shfl_sync(~0u, place.score, from_lane)};
   }
   __device__ __forceinline__ Stored new_row(int j) const {
-    return rows.as_stored(smem.units[0][j], smem.biases[half][j][threadIdx.x]);
+    if constexpr (kInRegisters) {
+      return rows.as_stored(projected[j], biases[j]);
+    } else {
+      return rows.as_stored(smem.rows[j], smem.biases[j][threadIdx.x]);
+    }
   }
-
   // On a raw state: stores new rows, and returns the value of the window, if it has one.
-  __device__ __forceinline__ Vector<float, kVector> reduce_rows() const {
+  __device__ __forceinline__ Vector<float, kVector> reduce_rows() {
     static_assert(kRows + kOldRows <= 32, "a lane for each row");
     Stored old[kHasValues ? kOldRows : 1];
 #pragma unroll
     for (int i = 0; i < kOldRows; ++i) {
       old[i] = rows.load_row(place_of(kRows + i), Config::kOverlap && i < R ? 0 : kOwn);
     }
-    wait_for_copies<0>();
+    find_bits();
+    wait_for_new();
     Stored row[kRows];
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
@@ -152,11 +189,12 @@ struct FewRows {
 
   // On a state of prefixes: merges new rows into the prefix before them, one after the other, and
   // stores it; returns the value of the window, if it has one.
-  __device__ __forceinline__ Vector<float, kVector> merge_prefixes() const {
+  __device__ __forceinline__ Vector<float, kVector> merge_prefixes() {
     Prefix open[kVector], before[kVector];
     load_prefix(kRows, half, open);
     if constexpr (Config::kOverlap) load_prefix(kRows + 1, 0, before);
-    wait_for_copies<0>();
+    find_bits();
+    wait_for_new();
     Vector<float, kVector> value = {};
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
@@ -188,55 +226,50 @@ struct FewRows {
   }
 };
 
-// What such threads have in shared memory, where the CTA has nothing else.
-template <class Config, int kThreads>
-struct FewPlan {
-  static constexpr int kRows = kFewRows<Config>;
-  StagedRows<typename Config::KvScore, kRows, kThreads> units[1];
-  Vector<float, kRaggedVector> biases[Config::kOverlap ? 2 : 1][kRows][kThreads];
-};
-
 // The CTAs of a call that have requests, kRequests at once. They have all rows of those that bring
 // few. Of others, where windows are short and not all rows are stored, they store the last rows,
 // which takes longer than all else that a walker does. Where windows overlap, each half of the rows
 // has CTAs of its own.
-template <class Config, StateFormat kFormat, bool kRecords, int kThreads, class Plan>
-struct RaggedFew {
-  using Few = FewRows<Config, kFormat, Plan>;
+template <class Config, StateFormat kFormat, bool kRecords, int kThreads, int kVector>
+struct FewRequests {
+  using Few = FewRows<Config, kFormat, kVector, kThreads>;
   using Rows = typename Few::Rows;
   static constexpr int R = Config::kRatio, D = Config::kHeadDim;
-  static constexpr int kLanes = D / kRaggedVector;
+  static constexpr int kLanes = std::min(D / kVector, kThreads);
   static constexpr int kRequests = kThreads / kLanes;
+  static constexpr int kSlices = D / (kVector * kLanes);
   static constexpr int kHalves = Few::kHalves;
+  struct RecordsPlan : Few::Plan {
+    RecordExchange<D> records[kRequests];
+  };
+  using Plan = std::conditional_t<kRecords, RecordsPlan, typename Few::Plan>;
   static_assert(kLanes % 32 == 0, "whole warps look for a request");
   // Whether these CTAs also have what becomes of values; or only rows.
   static constexpr bool kHasValues = Few::kHasValues;
 
   // Whether these are all new rows of such a request.
-  static __device__ __forceinline__ bool serves(const Rows& rows) {
-    const bool completes = rows.r.first_window < rows.r.end_window;
-    return rows.r.num_new > 0 && rows.r.num_new <= Few::kRows && (kHasValues || !completes);
+  static __device__ __forceinline__ bool serves(const Request<Config>& r) {
+    const bool completes = r.first_window < r.end_window;
+    return r.num_new > 0 && r.num_new <= Few::kRows && (kHasValues || !completes);
   }
   static JAX_DSV4_HD uint32_t num_ctas(const RaggedParams& p) {
-    return (p.batch + kRequests - 1) / kRequests * kHalves;
+    return (p.batch + kRequests - 1) / kRequests * (kHalves * kSlices);
   }
 
-  // `smem`: has `records`, too, one for each request, if the call ends in records.
   static __device__ __forceinline__ void run(const RaggedParams& p,
                                              const ResultOf<kRecords>& result, Plan& smem,
                                              uint32_t block) {
     const uint32_t group = blockIdx.z;
     const int in_cta = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-    const uint32_t index = block / kHalves * kRequests + in_cta;
-    const int half = Few::kOwn - block % kHalves;
+    const uint32_t index = block / (kHalves * kSlices) * kRequests + in_cta;
+    const int half = Few::kOwn - block % kHalves, slice = block / kHalves % kSlices;
     if (index >= p.batch) return;
-    prefetch_tables(p, group, index, lane);
-    const Owner owner = find_request(p, group, index);
-    const Rows rows(p, group, owner, lane * kRaggedVector);
-    // Behind a branch on a vote the compiler moves instructions past shuffles: 0.3 us less where
-    // many rows are on their way, but 0.4 us more where rows are merged one after the other.
-    bool is_few = serves(rows);
-    if (kFormat == StateFormat::kRaw) is_few = __any_sync(~0u, is_few);
+    const Owner owner =
+        find_request(p, group, index, [&] { prefetch_tables(p, group, index, lane); });
+    const Rows rows(p, group, owner, (slice * kLanes + lane) * kVector);
+    // A vote: behind a branch on one the compiler moves instructions past shuffles.
+    bool is_few = serves(rows.r);
+    if (kVector > 1) is_few = __any_sync(~0u, is_few);
     if (!is_few) return store_last(rows, smem, half);
     Few few(smem, rows, half, rows.start, rows.length, rows.r.first_window < rows.r.end_window);
     if constexpr (kRecords) {
@@ -245,19 +278,19 @@ struct RaggedFew {
           [&](bool wanted, int32_t window) {
             return maker.load_all(wanted, group, index, window, static_cast<uint32_t>(window) * R);
           },
-          [&](const auto& loaded, int32_t window, const Vector<float, kRaggedVector>& value) {
+          [&](const auto& loaded, int32_t window, const Vector<float, kVector>& value) {
 #pragma unroll
-            for (int v = 0; v < kRaggedVector; ++v) maker.stage.x[0][v] = value.x[v];
+            for (int v = 0; v < kVector; ++v) maker.stage.x[0][v] = value.x[v];
             maker.finish(maker.take(loaded, group, window));
           });
     } else {
       int32_t slot = first_slot<Config>(owner.index, owner.begin);
       const int32_t next_slot = first_slot<Config>(owner.index + 1, owner.end);
-      const auto store_next = [&](const Vector<float, kRaggedVector>& value) {
-        result.store_four((int64_t{group} * p.num_windows + slot++) * D + rows.column, value);
+      const auto store_next = [&](const Vector<float, kVector>& value) {
+        result.store_vector((int64_t{group} * p.num_windows + slot++) * D + rows.column, value);
       };
       few.run([](bool, int32_t) { return 0; },
-              [&](int, int32_t, const Vector<float, kRaggedVector>& value) { store_next(value); });
+              [&](int, int32_t, const Vector<float, kVector>& value) { store_next(value); });
       while (kHasValues && half == Few::kOwn && slot < next_slot) store_next({});
     }
   }
@@ -274,6 +307,45 @@ struct RaggedFew {
       Few few(smem, rows, half, from, to, /*completes=*/false);
       few.run([](bool, int32_t) { return 0; }, [](int, int32_t, const auto&) {});
     }
+  }
+};
+
+// These CTAs, with one channel a thread where few requests are on a state of prefixes, whose rows
+// are merged one after the other; but a record's channels are all in one CTA.
+template <class Config, StateFormat kFormat, bool kRecords, int kThreads>
+struct RaggedFew {
+  template <int kVector>
+  using Of = FewRequests<Config, kFormat, kRecords, kThreads, kVector>;
+  using Wide = Of<kRaggedVector>;
+  static constexpr bool kHasNarrow = kFormat == StateFormat::kPrefix && !kRecords;
+  using Narrow = Of<kHasNarrow ? 1 : kRaggedVector>;
+  static constexpr bool kHasValues = Wide::kHasValues;
+  union Plan {
+    typename Wide::Plan wide;
+    typename Narrow::Plan narrow;
+  };
+
+  static __device__ __forceinline__ bool serves(const Request<Config>& r) {
+    return Wide::serves(r);
+  }
+  static JAX_DSV4_HD uint32_t num_ctas(const RaggedParams& p) {
+    return is_narrow(p) ? Narrow::num_ctas(p) : Wide::num_ctas(p);
+  }
+  static __device__ __forceinline__ void run(const RaggedParams& p,
+                                             const ResultOf<kRecords>& result, Plan& smem,
+                                             uint32_t block) {
+    if (is_narrow(p)) {
+      Narrow::run(p, result, smem.narrow, block);
+    } else {
+      Wide::run(p, result, smem.wide, block);
+    }
+  }
+
+ private:
+  // Not where there is room for a prompt: its walkers wait for these CTAs' SMs.
+  static JAX_DSV4_HD bool is_narrow(const RaggedParams& p) {
+    return kHasNarrow && int64_t{p.batch} * Config::kStateDim <= kNarrowRaggedChannels &&
+           static_cast<uint32_t>(p.next_n) <= kFewRows<Config> * p.batch;
   }
 };
 

@@ -43,11 +43,7 @@ struct LongWindow {
   struct SharedPlan {
     // Of a thread's rows of a window. A thread reads only what it has copied itself.
     Vector<float, kVector> biases[T::kRows][T::kThreads];
-    union {
-      alignas(16) float partials[T::kRowGroups][T::kPartialStride];
-      // Of the rows of each row group, then of those before it: logsumexps and means.
-      alignas(16) float prefixes[T::kRowGroups][2][T::kColumns];
-    };
+    alignas(16) float partials[T::kRowGroups][T::kPartialStride];
 
     // Whether they are copied before it is known that a window needs them: not where requests bring
     // so few rows that hardly a window is all new.
@@ -159,39 +155,36 @@ struct LongWindow {
     wait_for_copies<0>();  // of the biases, before they are copied again
   }
 
-  // Merges row after row what the row groups hold, and stores the rows that are to be stored.
+  // Adds row after row to what the row groups before this one hold, and stores the rows that are to
+  // be stored. `before`: of its own rows, those before the first of these.
   template <class Fetch>
   __device__ __forceinline__ void store_prefixes(const Own& own, Fetch&& fetch, uint32_t counted,
                                                  uint32_t stored, int first_open,
                                                  const Partial<kVector>& before) const {
+    const auto part = [&](int group, int i) {
+      return &smem.partials[group][i * T::kColumns + lane_column];
+    };
+    store(part(row_group, 0), partial.max);
+    store(part(row_group, 1), partial.sum);
+    store(part(row_group, 2), partial.weighted);
+    __syncthreads();  // all row groups' rows, before they are added
+    Partial<kVector> open;
 #pragma unroll
-    for (int v = 0; v < kVector; ++v) {
-      const Prefix all = prefix_of(partial, v);
-      smem.prefixes[row_group][0][lane_column + v] = all.lse;
-      smem.prefixes[row_group][1][lane_column + v] = all.mean;
-    }
-    __syncthreads();  // all row groups' prefixes, before they are merged
-    if (threadIdx.x < T::kColumns) {
-      Prefix before;
-#pragma unroll 1
-      for (int g = 0; g < T::kRowGroups; ++g) {
-        float &lse = smem.prefixes[g][0][threadIdx.x], &mean = smem.prefixes[g][1][threadIdx.x];
-        const Prefix own = {lse, mean};
-        lse = before.lse;
-        mean = before.mean;
-        before = merge(before, own);
+    for (int g = 0; g < T::kRowGroups - 1; ++g) {
+      Partial<kVector> other;
+      if (g < row_group) {
+        other.max = load<float, kVector>(part(g, 0));
+        other.sum = load<float, kVector>(part(g, 1));
+        other.weighted = load<float, kVector>(part(g, 2));
       }
+      open.add(other);
     }
-    __syncthreads();  // what is before each row group, before it is read
-    Prefix open[kVector];
+    open.add(before);
+    Prefix prefix[kVector];
 #pragma unroll
-    for (int v = 0; v < kVector; ++v) {
-      open[v] = merge({smem.prefixes[row_group][0][lane_column + v],
-                       smem.prefixes[row_group][1][lane_column + v]},
-                      prefix_of(before, v));
-    }
-    own.store_prefixes(fetch, 0, counted, stored, first_open, open);
-    __syncthreads();  // all reads, before the partial results take the same memory
+    for (int v = 0; v < kVector; ++v) prefix[v] = prefix_of(open, v);
+    own.store_prefixes(fetch, 0, counted, stored, first_open, prefix);
+    __syncthreads();  // all reads, before other partial results take the same memory
   }
 };
 
@@ -208,12 +201,7 @@ struct RaggedLong {
   static constexpr int kThreads = T::kThreads, kMinCtas = T::kMinCtas;
   static constexpr bool kMayBePadded = false;
   using Plan = RecordPlan<D>;
-  static constexpr int kRequests = kThreads / (D / kRaggedVector);  // of few rows, in a CTA
-  struct FewRecordsPlan : FewPlan<Config, kThreads> {
-    RecordExchange<D> records[kRequests];
-  };
-  using FewSharedPlan = std::conditional_t<kRecords, FewRecordsPlan, FewPlan<Config, kThreads>>;
-  using Few = RaggedFew<Config, kFormat, kRecords, kThreads, FewSharedPlan>;
+  using Few = RaggedFew<Config, kFormat, kRecords, kThreads>;
   static_assert(!kRecords || (T::kSlices <= 8 && Plan::kThreads <= kThreads),
                 "a cluster has at most 8 CTAs on every chip, and a record D / 4 threads");
 
@@ -237,7 +225,7 @@ struct RaggedLong {
   using SlotsPlan = std::conditional_t<kRecords, RecordsPlan, ValuePlan>;
   union SharedPlan {
     SlotsPlan slots;
-    FewSharedPlan few;
+    typename Few::Plan few;
   };
 
   static __device__ __forceinline__ void run(const Params& p, SharedPlan& smem, uint32_t block) {
@@ -274,7 +262,7 @@ struct RaggedLong {
       const int column = slice_column + threadIdx.x % T::kLanes * kRaggedVector;
       const Rows rows(p, group, owner, column);
       if constexpr (Few::kHasValues) {
-        if (Few::serves(rows)) return;
+        if (Few::serves(rows.r)) return;
       }
       const int32_t end = rows.r.end_window;
       const bool has_end = is_last && end * R < rows.length && rows.may_store(end);
@@ -284,7 +272,8 @@ struct RaggedLong {
         window = end;
         if constexpr (!kRecords) {
           if (threadIdx.x < T::kLanes) {
-            p.result.store_four(out + threadIdx.x * kRaggedVector, {});
+            p.result.store_vector(out + threadIdx.x * kRaggedVector,
+                                  Vector<float, kRaggedVector>{});
           }
         }
       }
@@ -292,7 +281,7 @@ struct RaggedLong {
       for (; window < end || has_end; window = end) {
         if constexpr (!Few::kHasValues) {
           // Asked before the loop, it would make long prompts slower.
-          if (window == end && Few::serves(rows)) break;
+          if (window == end && Few::serves(rows.r)) break;
         }
         const bool is_maker = kRecords && window < end && threadIdx.x < kRecordThreads &&
                               slice == (is_alone ? T::kSlices - 1 : 0);

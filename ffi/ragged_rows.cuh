@@ -21,6 +21,7 @@ namespace jax_dsv4 {
 // nobody's.
 struct Owner {
   int32_t index = -1, begin = 0, end = 0, length = 0;
+  uint32_t layer = 0;
 };
 
 // The request whose window, if it completes one, has this slot: the last one whose first slot is
@@ -32,6 +33,7 @@ __device__ __forceinline__ Owner find_owner(const RaggedParams& p, uint32_t grou
   const int lane = threadIdx.x % 32, batch = p.batch;
   const int count = p.num_seqs_of(group);
   Owner last;
+  last.layer = p.layer_of(group);
 #pragma unroll 1
   for (int first = 0; first <= batch; first += 32) {
     const int i = first + lane;
@@ -60,41 +62,53 @@ __device__ __forceinline__ Owner find_owner(const RaggedParams& p, uint32_t grou
   return last.index < count ? last : Owner{};
 }
 
-// Request `index`; nobody, where there is none. Called by whole warps.
-__device__ __forceinline__ Owner find_request(const RaggedParams& p, uint32_t group,
-                                              uint32_t index) {
-  if (index >= p.batch) return {};
-  const int32_t* const entries = p.cu_q_lens + group * p.cu_q_lens_stride;
-  const int32_t length = load_if(true, p.kv_lens + group * p.kv_lens_stride + index, 0);
-  const auto count = static_cast<uint32_t>(p.num_seqs_of(group));
+// Request `index`, which is below `batch`; nobody, where there is none. Called by whole warps,
+// which call meanwhile() while lengths are on their way.
+template <class Meanwhile>
+__device__ __forceinline__ Owner find_request(const RaggedParams& p, uint32_t group, uint32_t index,
+                                              Meanwhile&& meanwhile) {
   constexpr int kAtOnce = 4;  // entries of a lane
-  int begin = 0, end = 0;     // running maxima
-#pragma unroll 1
-  for (uint32_t first = threadIdx.x % 32; first <= index + 1; first += 32 * kAtOnce) {
-    int entry[kAtOnce];
+  const int32_t* const entries = p.cu_q_lens + group * p.cu_q_lens_stride;
+  uint32_t first = threadIdx.x % 32;
+  int entry[kAtOnce];
+  const auto load_entries = [&] {
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
       entry[k] = load_if(first + 32 * k <= index + 1, entries + first + 32 * k, 0);
     }
+  };
+  load_entries();
+  const int32_t length = load_if(true, p.kv_lens + group * p.kv_lens_stride + index, 0);
+  // Waited for where they are used: these, too, come with the lengths.
+  const int32_t num_seqs =
+      load_if(p.num_seqs != nullptr, p.num_seqs + group * p.num_seqs_stride, 0);
+  const uint32_t layer = load_if(p.layer != nullptr, p.layer + group * p.layer_stride, 0);
+  meanwhile();
+  int begin = 0, end = 0;  // running maxima
+#pragma unroll 1
+  while (true) {
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
       const int clamped = p.clamped(entry[k]);
       if (first + 32 * k <= index) begin = max(begin, clamped);
       end = max(end, clamped);
     }
+    first += 32 * kAtOnce;
+    if (first - threadIdx.x % 32 > index + 1) break;
+    load_entries();
   }
   begin = __reduce_max_sync(~0u, begin);
   end = __reduce_max_sync(~0u, end);
-  if (index >= count) return {};
-  return {static_cast<int32_t>(index), begin, end, length};
+  if (static_cast<int32_t>(index) >= p.clamped_num_seqs(num_seqs)) return {};
+  return {static_cast<int32_t>(index), begin, end, length, layer};
 }
 
-inline constexpr int kRaggedVector = 4;  // channels of a thread
+inline constexpr int kRaggedVector = 4;  // channels of a thread, as a rule
 
-// Four channels of a row, as projected or as stored.
-template <class Element>
+// Some channels of a row, as projected or as stored.
+template <class Element, int kVector = kRaggedVector>
 struct RowVector {
-  Vector<Element, kRaggedVector> kv, score;
+  Vector<Element, kVector> kv, score;
 };
 
 // Where a row is in each of the state's arrays.
@@ -110,9 +124,9 @@ struct Place {
 
 // New rows in shared memory, of which each thread has its own channels: it waits for nobody but
 // itself.
-template <class KvScore, int kRows, int kThreads>
+template <class KvScore, int kRows, int kThreads, int kVector = kRaggedVector>
 struct StagedRows {
-  Vector<KvScore, kRaggedVector> parts[kRows][2][kThreads];
+  Vector<KvScore, kVector> parts[kRows][2][kThreads];
 
   // Starts copies of rows begin <= row < end; `kv`: of row 0.
   __device__ __forceinline__ void copy(int begin, int end, const KvScore* kv, int64_t row_size,
@@ -121,13 +135,13 @@ struct StagedRows {
     for (int row = 0; row < kRows; ++row) {
       const bool exists = row >= begin && row < end;
       const KvScore* const from = kv + row * row_size;
-      copy_if<kRaggedVector>(exists, parts[row][0][threadIdx.x].x, from);
-      copy_if<kRaggedVector>(exists, parts[row][1][threadIdx.x].x, from + score_offset);
+      copy_if<kVector>(exists, parts[row][0][threadIdx.x].x, from);
+      copy_if<kVector>(exists, parts[row][1][threadIdx.x].x, from + score_offset);
     }
   }
-  __device__ __forceinline__ RowVector<KvScore> operator[](int row) const {
-    return {load<KvScore, kRaggedVector>(parts[row][0][threadIdx.x].x),
-            load<KvScore, kRaggedVector>(parts[row][1][threadIdx.x].x)};
+  __device__ __forceinline__ RowVector<KvScore, kVector> operator[](int row) const {
+    return {load<KvScore, kVector>(parts[row][0][threadIdx.x].x),
+            load<KvScore, kVector>(parts[row][1][threadIdx.x].x)};
   }
 };
 
@@ -142,13 +156,41 @@ __device__ __forceinline__ Vector<float, kRaggedVector> to_f32(
            float_of(words[1] & 0xffff0000u)}};
 }
 
+template <int kSize>
+__device__ __forceinline__ Prefix prefix_of(const Partial<kSize>& partial, int v) {
+  // The logarithm is one of 1 <= mantissa < 2. Without a branch: what is chosen between is
+  // computed.
+  const float sum = partial.sum.x[v];
+  const uint32_t bits = bits_of(sum);
+  const float mantissa = float_of((bits & 0x7fffff) | 0x3f800000);
+  const float exponent = static_cast<float>(static_cast<int32_t>(bits >> 23) - 127);
+  const float nan_or_zero = 0.0f * sum;
+  const float lse =
+      add_log1p(mantissa - 1.0f, multiply_add(exponent, 0.69314718f, partial.max.x[v]));
+  const float mean = fast_quotient(partial.weighted.x[v], sum);
+  return {lse + nan_or_zero, sum == 0 ? 0.0f : mean};
+}
+template <int kSize>
+__device__ __forceinline__ Vector<float, kSize> value_of(const Partial<kSize>& partial) {
+  Vector<float, kSize> value;
+#pragma unroll
+  for (int v = 0; v < kSize; ++v) {
+    const float sum = partial.sum.x[v];
+    value.x[v] = sum == 0 ? 0.0f : fast_quotient(partial.weighted.x[v], sum);
+  }
+  return value;
+}
+
 // One thread's view of a request's rows, in some of its channels.
-template <class Config, StateFormat kFormat_>
+template <class Config, StateFormat kFormat_, int kVector_ = kRaggedVector>
 struct RaggedRows {
   using KvScore = typename Config::KvScore;
   using State = typename Config::State;
-  using Stored = RowVector<State>;
   static constexpr StateFormat kFormat = kFormat_;
+  static constexpr int kVector = kVector_;
+  using Projected = RowVector<KvScore, kVector>;
+  using Stored = RowVector<State, kVector>;
+  using Bias = Vector<float, kVector>;
   static constexpr int R = Config::kRatio, S = Config::kStateDim, D = Config::kHeadDim;
   static constexpr bool kOverlap = Config::kOverlap;
 
@@ -160,7 +202,8 @@ struct RaggedRows {
   __device__ __forceinline__ RaggedRows(const RaggedParams& p, uint32_t group, const Owner& owner,
                                         int column)
       : p(p),
-        r(ragged_request_at<Config>(p, group, owner.index, owner.length, owner.begin, owner.end)),
+        r(ragged_request_at<Config>(p, group, owner.index, owner.length, owner.begin, owner.end,
+                                    owner.layer)),
         length(r.num_new > 0 ? owner.length : 0),
         start(max(r.first_position, 0)),
         column(column) {}
@@ -198,39 +241,41 @@ struct RaggedRows {
   __device__ __forceinline__ const KvScore* new_kv(int32_t position, int half) const {
     return r.kv_score + int64_t{position - r.first_position} * p.row_size + half * D + column;
   }
-  __device__ __forceinline__ Stored as_stored(const RowVector<KvScore>& row,
-                                              const Vector<float, kRaggedVector>& bias) const {
+  __device__ __forceinline__ Stored as_stored(const Projected& row, const Bias& bias) const {
     Stored stored;
 #pragma unroll
-    for (int v = 0; v < kRaggedVector; ++v) {
+    for (int v = 0; v < kVector; ++v) {
       stored.kv.x[v] = round_to<State>(jax_dsv4::to_f32(row.kv.x[v]));
       stored.score.x[v] = round_to<State>(jax_dsv4::to_f32(row.score.x[v]) + bias.x[v]);
     }
     return stored;
   }
-  // Of row `row` of a window.
-  __device__ __forceinline__ Vector<float, kRaggedVector> bias_at(int row, int half) const {
-    Vector<float, kRaggedVector> bias;
+  __device__ __forceinline__ static Bias no_bias() {
+    Bias bias;
 #pragma unroll
-    for (int v = 0; v < kRaggedVector; ++v) bias.x[v] = -0.0f;
-    if (r.ape != nullptr) bias = load<float, kRaggedVector>(r.ape + row * S + half * D + column);
+    for (int v = 0; v < kVector; ++v) bias.x[v] = -0.0f;
+    return bias;
+  }
+  // Of row `row` of a window.
+  __device__ __forceinline__ Bias bias_at(int row, int half) const {
+    Bias bias = no_bias();
+    if (r.ape != nullptr) bias = load<float, kVector>(r.ape + row * S + half * D + column);
     return bias;
   }
   // Adds kCount rows as they are stored; those of the bits in `stored` are. `biases`: of each row;
   // `place`: of the first one.
   template <int kCount, bool kAreFirst = false>
-  __device__ __forceinline__ void add_whole(const RowVector<KvScore>* loaded,
-                                            const Vector<float, kRaggedVector> (&biases)[kCount],
+  __device__ __forceinline__ void add_whole(const Projected* loaded, const Bias (&biases)[kCount],
                                             int half, uint32_t stored, const Place& place,
-                                            Partial<kRaggedVector>& partial) const {
-    Vector<float, kRaggedVector> kv[kCount], score[kCount];
+                                            Partial<kVector>& partial) const {
+    Vector<float, kVector> kv[kCount], score[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const auto& bias = biases[i];
       kv[i] = jax_dsv4::to_f32(loaded[i].kv);
       score[i] = jax_dsv4::to_f32(loaded[i].score);
 #pragma unroll
-      for (int v = 0; v < kRaggedVector; ++v) {
+      for (int v = 0; v < kVector; ++v) {
         kv[i].x[v] = jax_dsv4::to_f32(round_to<State>(kv[i].x[v]));
         score[i].x[v] = jax_dsv4::to_f32(round_to<State>(score[i].x[v] + bias.x[v]));
       }
@@ -240,7 +285,7 @@ struct RaggedRows {
       for (int i = 0; i < kCount; ++i) {
         Stored row;
 #pragma unroll
-        for (int v = 0; v < kRaggedVector; ++v) {
+        for (int v = 0; v < kVector; ++v) {
           row.kv.x[v] = round_to<State>(kv[i].x[v]);
           row.score.x[v] = round_to<State>(score[i].x[v]);
         }
@@ -248,20 +293,17 @@ struct RaggedRows {
       }
     }
     if constexpr (kAreFirst) {
-      partial = Partial<kRaggedVector>::of(kv, score);
+      partial = Partial<kVector>::of(kv, score);
     } else {
       partial.add(kv, score);
     }
   }
-  __device__ __forceinline__ RowVector<KvScore> load_new_if(bool condition,
-                                                            const KvScore* kv) const {
-    return {load_once_if(condition, kv, Vector<KvScore, kRaggedVector>{}),
-            load_once_if(condition, kv + p.score_offset, Vector<KvScore, kRaggedVector>{})};
+  __device__ __forceinline__ Projected load_new_if(bool condition, const KvScore* kv) const {
+    return {load_once_if(condition, kv, Vector<KvScore, kVector>{}),
+            load_once_if(condition, kv + p.score_offset, Vector<KvScore, kVector>{})};
   }
-  __device__ __forceinline__ static RowVector<KvScore> load_new(const KvScore* kv,
-                                                                int64_t score_offset) {
-    return {load_once<KvScore, kRaggedVector>(kv),
-            load_once<KvScore, kRaggedVector>(kv + score_offset)};
+  __device__ __forceinline__ static Projected load_new(const KvScore* kv, int64_t score_offset) {
+    return {load_once<KvScore, kVector>(kv), load_once<KvScore, kVector>(kv + score_offset)};
   }
   // Whether the rows of kv_score are side by side.
   __device__ __forceinline__ bool is_dense() const {
@@ -287,7 +329,7 @@ struct RaggedRows {
   __device__ __forceinline__ static Stored no_row() {
     Stored none;
 #pragma unroll
-    for (int v = 0; v < kRaggedVector; ++v) {
+    for (int v = 0; v < kVector; ++v) {
       none.kv.x[v] = round_to<State>(0);
       none.score.x[v] = round_to<State>(kNegInf);
     }
@@ -503,22 +545,6 @@ struct Neighbours {
   }
 };
 
-__device__ __forceinline__ Prefix prefix_of(const Partial<kRaggedVector>& partial, int v) {
-  const float sum = partial.sum.x[v];
-  if (sum == 0) return {};
-  return {partial.max.x[v] + logf(sum), fast_quotient(partial.weighted.x[v], sum)};
-}
-__device__ __forceinline__ Vector<float, kRaggedVector> value_of(
-    const Partial<kRaggedVector>& partial) {
-  Vector<float, kRaggedVector> value;
-#pragma unroll
-  for (int v = 0; v < kRaggedVector; ++v) {
-    const float sum = partial.sum.x[v];
-    value.x[v] = sum == 0 ? 0.0f : fast_quotient(partial.weighted.x[v], sum);
-  }
-  return value;
-}
-
 // Where values go that no record is made of: `kv_comp`, of either type.
 struct ValueTarget {
   void* kv_comp;  // [G, T / R + B, D]
@@ -531,12 +557,13 @@ struct ValueTarget {
       static_cast<float*>(kv_comp)[at] = value;
     }
   }
-  __device__ __forceinline__ void store_four(int64_t at,
-                                             const Vector<float, kRaggedVector>& value) const {
+  template <int kVector>
+  __device__ __forceinline__ void store_vector(int64_t at,
+                                               const Vector<float, kVector>& value) const {
     if (is_bf16) {
-      Vector<bf16, kRaggedVector> rounded;
+      Vector<bf16, kVector> rounded;
 #pragma unroll
-      for (int v = 0; v < kRaggedVector; ++v) rounded.x[v] = round_to<bf16>(value.x[v]);
+      for (int v = 0; v < kVector; ++v) rounded.x[v] = round_to<bf16>(value.x[v]);
       store(static_cast<bf16*>(kv_comp) + at, rounded);
     } else {
       store(static_cast<float*>(kv_comp) + at, value);

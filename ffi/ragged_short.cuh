@@ -261,8 +261,12 @@ struct RaggedShort {
   struct RecordsPlan : Plan {
     Exchange records[T::kWalkers];
   };
-  using SharedPlan = std::conditional_t<kRecords, RecordsPlan, Plan>;
-  using Few = RaggedFew<Config, kFormat, kRecords, kThreads, SharedPlan>;
+  using WalkersPlan = std::conditional_t<kRecords, RecordsPlan, Plan>;
+  using Few = RaggedFew<Config, kFormat, kRecords, kThreads>;
+  union SharedPlan {
+    WalkersPlan walkers;
+    typename Few::Plan few;
+  };
 
   struct Params : RaggedParams {
     ResultOf<kRecords> result;
@@ -282,14 +286,14 @@ struct RaggedShort {
   static __device__ __forceinline__ void run(const Params& p, SharedPlan& smem, uint32_t block) {
     const uint32_t of_walkers = block - p.first_walkers;  // or more than they are
     if (of_walkers < p.walker_ctas) {
-      walk(p, smem, of_walkers);
+      walk(p, smem.walkers, of_walkers);
     } else {
-      Few::run(p, p.result, smem, block < p.first_walkers ? block : block - p.walker_ctas);
+      Few::run(p, p.result, smem.few, block < p.first_walkers ? block : block - p.walker_ctas);
     }
   }
 
  private:
-  static __device__ __forceinline__ void walk(const Params& p, SharedPlan& smem, uint32_t block) {
+  static __device__ __forceinline__ void walk(const Params& p, WalkersPlan& smem, uint32_t block) {
     const uint32_t group = blockIdx.z;
     const int in_cta = threadIdx.x / T::kLanes, lane = threadIdx.x % T::kLanes;
     const uint32_t walker = block * T::kWalkers + in_cta;
@@ -308,7 +312,7 @@ struct RaggedShort {
           owner.index < 0 ? slot + 1 : first_slot<Config>(owner.index + 1, owner.end);
       const int32_t next = min(next_slot, end_slot);
       from = next;
-      if (Few::serves(rows)) continue;
+      if (Few::serves(rows.r)) continue;
       const int32_t end_window = rows.r.end_window;
       const int32_t first = min(rows.r.first_window + slot - own_slot, end_window);
       const int32_t end = min(first + next - slot, end_window);
@@ -331,11 +335,12 @@ struct RaggedShort {
         const int64_t out = (int64_t{group} * p.num_windows + slot) * D + column;
         windows.run([](bool, int32_t) { return 0; },
                     [&](int, int32_t window, const Vector<float, kRaggedVector>& value) {
-                      p.result.store_four(out + int64_t{window - first} * D, value);
+                      p.result.store_vector(out + int64_t{window - first} * D, value);
                     });
 #pragma unroll 1
         for (int32_t empty = slot + end - first; empty < next; ++empty) {
-          p.result.store_four((int64_t{group} * p.num_windows + empty) * D + column, {});
+          p.result.store_vector((int64_t{group} * p.num_windows + empty) * D + column,
+                                Vector<float, kRaggedVector>{});
         }
       }
     }

@@ -108,5 +108,8 @@ inline constexpr int kWalkerCtas = 2, kWalkerCtasOfRecords = 3;
 // longer. They come behind walkers of more: before those they would leave them unevenly placed,
 // three on one SM and one on another.
 inline constexpr int kFewSlotsOfWalker = 4;
+// Of a ragged batch of few rows each on a state of prefixes, while requests x state_dim is at most
+// this, a thread has one channel.
+inline constexpr int64_t kNarrowRaggedChannels = 64 * 512;
 
 }  // namespace jax_dsv4

@@ -99,10 +99,11 @@ template <class Element, int kSize>
 __device__ __forceinline__ Vector<Element, kSize> load_once_if(bool condition, const Element* from,
                                                                Vector<Element, kSize> otherwise) {
   constexpr int kWords = sizeof(otherwise) / 4;
-  static_assert(kWords == 2 || kWords == 4, "load_once_if: 8 or 16 bytes");
+  if constexpr (kWords < 2) return load_if(condition, from, otherwise);
+  static_assert(kWords <= 2 || kWords == 4, "load_once_if: at most 16 bytes");
   union {
     Vector<Element, kSize> value;
-    uint32_t words[kWords];
+    uint32_t words[kWords > 0 ? kWords : 1];
   } u{otherwise};
   if constexpr (kWords == 2) {
     asm volatile(
@@ -110,7 +111,7 @@ __device__ __forceinline__ Vector<Element, kSize> load_once_if(bool condition, c
         "  @p ld.global.L1::no_allocate.v2.b32 {%0, %1}, [%2]; }"
         : "+r"(u.words[0]), "+r"(u.words[1])
         : "l"(from), "r"(static_cast<int>(condition)));
-  } else {
+  } else if constexpr (kWords == 4) {
     asm volatile(
         "{ .reg .pred p; setp.ne.b32 p, %5, 0;"
         "  @p ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4]; }"
