@@ -85,7 +85,7 @@ struct FewRows {
     const auto has = begin(has_value, window);
     Vector<float, kVector> value;
     if constexpr (kFormat == StateFormat::kPrefix) {
-      value = merge_prefixes();
+      value = kVector > 1 || count == 1 ? merge_prefixes<true>() : merge_prefixes<false>();
     } else {
       value = reduce_rows();
     }
@@ -188,33 +188,39 @@ struct FewRows {
   }
 
   // On a state of prefixes: merges new rows into the prefix before them, one after the other, and
-  // stores it; returns the value of the window, if it has one.
+  // stores it; returns the value of the window, if it has one. Without a branch between the rows
+  // (kStops: those that are not there are left out), means are computed beside the next logsumexps.
+  template <bool kStops>
   __device__ __forceinline__ Vector<float, kVector> merge_prefixes() {
     Prefix open[kVector], before[kVector];
     load_prefix(kRows, half, open);
     if constexpr (Config::kOverlap) load_prefix(kRows + 1, 0, before);
     find_bits();
     wait_for_new();
-    Vector<float, kVector> value = {};
+    Stored merged[kRows];
+    Prefix whole[kVector];
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
-      if (j >= count) break;
-      const Place to = place_of(j);
-      Stored row = new_row(j);
+      if (kStops && j >= count) break;
+      const Stored row = new_row(j);
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
         const Prefix next = {to_f32(row.score.x[v]), to_f32(row.kv.x[v])};
         open[v] = merge(row_of(j) == 0 ? Prefix{} : open[v], counted >> j & 1 ? next : Prefix{});
-        row.score.x[v] = round_to<typename Rows::State>(open[v].lse);
-        row.kv.x[v] = round_to<typename Rows::State>(open[v].mean);
+        if (row_of(j) == R - 1 && j < count) whole[v] = open[v];
+        merged[j].score.x[v] = round_to<typename Rows::State>(open[v].lse);
+        merged[j].kv.x[v] = round_to<typename Rows::State>(open[v].mean);
       }
-      if (stored >> j & 1) rows.store_row(to, half, row);
-      if (has_value && row_of(j) == R - 1) {
+    }
+    Vector<float, kVector> value;
 #pragma unroll
-        for (int v = 0; v < kVector; ++v) {
-          value.x[v] = jax_dsv4::value_of(Config::kOverlap ? merge(before[v], open[v]) : open[v]);
-        }
-      }
+    for (int v = 0; v < kVector; ++v) {
+      value.x[v] = jax_dsv4::value_of(Config::kOverlap ? merge(before[v], whole[v]) : whole[v]);
+    }
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      const Place to = place_of(j);
+      if (stored >> j & 1) rows.store_row(to, half, merged[j]);
     }
     return value;
   }
@@ -264,12 +270,15 @@ struct FewRequests {
     const uint32_t index = block / (kHalves * kSlices) * kRequests + in_cta;
     const int half = Few::kOwn - block % kHalves, slice = block / kHalves % kSlices;
     if (index >= p.batch) return;
-    const Owner owner =
-        find_request(p, group, index, [&] { prefetch_tables(p, group, index, lane); });
-    const Rows rows(p, group, owner, (slice * kLanes + lane) * kVector);
+    uint32_t layer = 0;
+    const Owner owner = find_request(p, group, index, [&] {
+      layer = load_if(p.layer != nullptr, p.layer + group * p.layer_stride, 0);
+      prefetch_tables(p, group, index, lane);
+    });
+    const Rows rows(p, group, layer, owner, (slice * kLanes + lane) * kVector);
     // A vote: behind a branch on one the compiler moves instructions past shuffles.
     bool is_few = serves(rows.r);
-    if (kVector > 1) is_few = __any_sync(~0u, is_few);
+    if (kVector > 1 || Config::kOverlap) is_few = __any_sync(~0u, is_few);
     if (!is_few) return store_last(rows, smem, half);
     Few few(smem, rows, half, rows.start, rows.length, rows.r.first_window < rows.r.end_window);
     if constexpr (kRecords) {

@@ -260,7 +260,7 @@ struct RaggedLong {
     for (int slice = is_alone ? 0 : block % T::kSlices;;) {
       const int slice_column = slice * T::kColumns;
       const int column = slice_column + threadIdx.x % T::kLanes * kRaggedVector;
-      const Rows rows(p, group, owner, column);
+      const Rows rows(p, group, p.layer_of(group), owner, column);
       if constexpr (Few::kHasValues) {
         if (Few::serves(rows.r)) return;
       }

@@ -21,7 +21,6 @@ namespace jax_dsv4 {
 // nobody's.
 struct Owner {
   int32_t index = -1, begin = 0, end = 0, length = 0;
-  uint32_t layer = 0;
 };
 
 // The request whose window, if it completes one, has this slot: the last one whose first slot is
@@ -33,7 +32,6 @@ __device__ __forceinline__ Owner find_owner(const RaggedParams& p, uint32_t grou
   const int lane = threadIdx.x % 32, batch = p.batch;
   const int count = p.num_seqs_of(group);
   Owner last;
-  last.layer = p.layer_of(group);
 #pragma unroll 1
   for (int first = 0; first <= batch; first += 32) {
     const int i = first + lane;
@@ -79,10 +77,8 @@ __device__ __forceinline__ Owner find_request(const RaggedParams& p, uint32_t gr
   };
   load_entries();
   const int32_t length = load_if(true, p.kv_lens + group * p.kv_lens_stride + index, 0);
-  // Waited for where they are used: these, too, come with the lengths.
   const int32_t num_seqs =
       load_if(p.num_seqs != nullptr, p.num_seqs + group * p.num_seqs_stride, 0);
-  const uint32_t layer = load_if(p.layer != nullptr, p.layer + group * p.layer_stride, 0);
   meanwhile();
   int begin = 0, end = 0;  // running maxima
 #pragma unroll 1
@@ -100,7 +96,7 @@ __device__ __forceinline__ Owner find_request(const RaggedParams& p, uint32_t gr
   begin = __reduce_max_sync(~0u, begin);
   end = __reduce_max_sync(~0u, end);
   if (static_cast<int32_t>(index) >= p.clamped_num_seqs(num_seqs)) return {};
-  return {static_cast<int32_t>(index), begin, end, length, layer};
+  return {static_cast<int32_t>(index), begin, end, length};
 }
 
 inline constexpr int kRaggedVector = 4;  // channels of a thread, as a rule
@@ -199,11 +195,12 @@ struct RaggedRows {
   const int32_t length, start;  // new rows are at start <= position < length
   const int column;             // of D
 
-  __device__ __forceinline__ RaggedRows(const RaggedParams& p, uint32_t group, const Owner& owner,
-                                        int column)
+  // `layer`: p.layer_of(group).
+  __device__ __forceinline__ RaggedRows(const RaggedParams& p, uint32_t group, uint32_t layer,
+                                        const Owner& owner, int column)
       : p(p),
         r(ragged_request_at<Config>(p, group, owner.index, owner.length, owner.begin, owner.end,
-                                    owner.layer)),
+                                    layer)),
         length(r.num_new > 0 ? owner.length : 0),
         start(max(r.first_position, 0)),
         column(column) {}

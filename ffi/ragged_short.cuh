@@ -306,7 +306,7 @@ struct RaggedShort {
     while (from < end_slot) {
       const auto slot = static_cast<int32_t>(from);
       const Owner owner = find_owner<Config>(p, group, slot);
-      const Rows rows(p, group, owner, column);
+      const Rows rows(p, group, p.layer_of(group), owner, column);
       const int32_t own_slot = first_slot<Config>(owner.index, owner.begin);
       const int32_t next_slot =
           owner.index < 0 ? slot + 1 : first_slot<Config>(owner.index + 1, owner.end);

@@ -105,14 +105,15 @@ void add_weighted(const Row* rows, const Row* ahead, int count, const float* max
                   float* __restrict sum, float* __restrict weighted) {
   Row row[kRows];
   std::copy_n(rows, kRows, row);
-  const int prefetches_per_row = count / kChannelsAtOnce;
-  int prefetched = 0;
+  int channel_ahead = 0;  // of *ahead
   for (int first = 0; first < count; first += kChannelsAtOnce) {
-    for (int i = 0; i < kRows; ++i, ++prefetched) {
-      const Row& next = ahead[prefetched / prefetches_per_row];
-      const int c = prefetched % prefetches_per_row * kChannelsAtOnce;
-      prefetch<Cache::kL2>(next.score + c);
-      prefetch<Cache::kL2>(next.kv + c);
+    for (int i = 0; i < kRows; ++i) {
+      prefetch<Cache::kL2>(ahead->score + channel_ahead);
+      prefetch<Cache::kL2>(ahead->kv + channel_ahead);
+      channel_ahead += kChannelsAtOnce;
+      const bool is_whole = channel_ahead == count;
+      ahead += is_whole;
+      channel_ahead = is_whole ? 0 : channel_ahead;
     }
     for (int c = first; c < first + kChannelsAtOnce; ++c) {
       const float subtracted = finite(max[c]);

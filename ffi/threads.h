@@ -70,8 +70,8 @@ template <class Params>
       for (int64_t begin; (begin = next.fetch_add(at_once)) < count;) {
         const int64_t end = std::min(begin + at_once, count);
         for (int64_t i = begin; i < end; ++i) run(params, i);
+        promise.CountDown(end - begin);  // before the caller may return with the future
         done.fetch_add(end - begin, std::memory_order_release);
-        promise.CountDown(end - begin);
       }
     }
   };
