@@ -85,7 +85,7 @@ struct FewRows {
     const auto has = begin(has_value, window);
     Vector<float, kVector> value;
     if constexpr (kFormat == StateFormat::kPrefix) {
-      value = kVector > 1 || count == 1 ? merge_prefixes<true>() : merge_prefixes<false>();
+      value = merge_prefixes();
     } else {
       value = reduce_rows();
     }
@@ -188,9 +188,7 @@ struct FewRows {
   }
 
   // On a state of prefixes: merges new rows into the prefix before them, one after the other, and
-  // stores it; returns the value of the window, if it has one. Without a branch between the rows
-  // (kStops: those that are not there are left out), means are computed beside the next logsumexps.
-  template <bool kStops>
+  // stores it; returns the value of the window, if it has one.
   __device__ __forceinline__ Vector<float, kVector> merge_prefixes() {
     Prefix open[kVector], before[kVector];
     load_prefix(kRows, half, open);
@@ -201,7 +199,8 @@ struct FewRows {
     Prefix whole[kVector];
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
-      if (kStops && j >= count) break;
+      // Without a branch between rows the means of one are computed beside the next logsumexp.
+      if (kVector > 1 && j >= count) break;
       const Stored row = new_row(j);
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {

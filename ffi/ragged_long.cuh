@@ -253,6 +253,8 @@ struct RaggedLong {
     const uint32_t group = blockIdx.z;
     const bool is_alone = kRecords && p.slices_per_cta != 1;
     const int32_t slot = is_alone ? block : block / T::kSlices;
+    // Early; but where CTAs end in records it would be a register too many.
+    const uint32_t layer = kRecords ? 0 : p.layer_of(group);
     const Owner owner = find_owner<Config>(p, group, slot);
     const int32_t own_slot = first_slot<Config>(owner.index, owner.begin);
     const bool is_last = slot + 1 == first_slot<Config>(owner.index + 1, owner.end);
@@ -260,7 +262,7 @@ struct RaggedLong {
     for (int slice = is_alone ? 0 : block % T::kSlices;;) {
       const int slice_column = slice * T::kColumns;
       const int column = slice_column + threadIdx.x % T::kLanes * kRaggedVector;
-      const Rows rows(p, group, p.layer_of(group), owner, column);
+      const Rows rows(p, group, kRecords ? p.layer_of(group) : layer, owner, column);
       if constexpr (Few::kHasValues) {
         if (Few::serves(rows.r)) return;
       }
