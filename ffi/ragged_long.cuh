@@ -133,6 +133,16 @@ struct LongWindow {
       counted = own.counted();
       stored = own.stored();
     }
+    if (kFormat == StateFormat::kRaw && has_old && own.has_new()) {
+      // Asked for behind old rows, they would be waited for once more.
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const bool is_new = own.first_new + j < own.end;
+        const auto* const from = kv + int64_t{own.first_new + j} * rows.p.row_size;
+        prefetch_l2_if(is_new, from);
+        prefetch_l2_if(is_new, from + rows.p.score_offset);
+      }
+    }
     if (has_old) {
       if (kFormat == StateFormat::kRaw) {
         own.add_old(0, partial);
