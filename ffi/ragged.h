@@ -54,10 +54,11 @@ struct RaggedParams : DecodeParams {
   uint32_t num_seqs_stride;   // 1 or 0
   StoreRule rule;
 
-  // How many requests of a group are there; `given`: its entry of `num_seqs`, if that is there.
+  // How many requests of a group are there.
   JAX_DSV4_HD int32_t num_seqs_of(uint32_t group) const {
     return clamped_num_seqs(num_seqs == nullptr ? 0 : num_seqs[group * num_seqs_stride]);
   }
+  // The same, by the group's entry of `num_seqs`, if that is there.
   JAX_DSV4_HD int32_t clamped_num_seqs(int32_t given) const {
     const int32_t most = static_cast<int32_t>(batch);
     if (num_seqs == nullptr) return most;
