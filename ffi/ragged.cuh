@@ -6,9 +6,9 @@
 // requests (ragged_few.cuh): those that bring few rows, whose slots then do nothing, and where
 // windows are short the last rows of others, which are stored.
 //
-// A thread has four channels. It takes new rows from kv_score, rounded as they are stored, and
-// those from before the call from the state; nothing waits for a store. Value of a window, per
-// channel:
+// A thread has four channels, as a rule. It takes new rows from kv_score, rounded as they are
+// stored, and those from before the call from the state; nothing waits for a store. Value of a
+// window, per channel:
 //   sum_i softmax_i(score[i]) kv[i].
 // On a state of prefixes (prefix.h) the rows before the call are one row. The new rows of a window
 // any of which is stored are merged one after the other; values are a softmax as on raw states.
