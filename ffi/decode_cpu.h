@@ -116,9 +116,11 @@ template <class Config, int kChannels>
 struct Prefixes {
   alignas(64) float lse[kChannels];
   alignas(64) float mean[kChannels];
+  bool is_empty;  // as cleared
 
   Prefixes() { clear(); }
   void clear() {
+    is_empty = true;
     std::fill_n(lse, kChannels, Prefix{}.lse);
     std::fill_n(mean, kChannels, Prefix{}.mean);
   }
@@ -133,6 +135,7 @@ struct Prefixes {
   void read(const DecodeParams& p, const Request<Config>& r, int32_t position, Channels channels) {
     const auto place = find_row(p, r, position);
     if (!place.exists()) return;
+    is_empty = false;
     visit(channels, [&](int c) {
       std::copy_n(place.score + c, channels.count, lse + c);
       std::copy_n(place.kv + c, channels.count, mean + c);
@@ -143,13 +146,18 @@ struct Prefixes {
   void merge(const Row& row, const Place<float>& place, Channels channels) {
     const Place<float> to = place.exists() ? place : Place<float>{mean, lse};
     visit(channels, [&](int c) {
-      vectorized<merge_row<Row>>(row.at(c), channels.count, to.score + c, to.kv + c, lse + c,
-                                 mean + c);
+      const auto run = [&](auto is_first) {
+        vectorized<merge_row<Row, is_first>>(row.at(c), channels.count, to.score + c, to.kv + c,
+                                             lse + c, mean + c);
+      };
+      is_empty ? run(std::true_type{}) : run(std::false_type{});
     });
+    is_empty = false;
   }
   void copy_first_half(const Prefixes<Config, Config::kStateDim>& row) {
     std::copy_n(row.lse, Config::kHeadDim, lse);
     std::copy_n(row.mean, Config::kHeadDim, mean);
+    is_empty = row.is_empty;
   }
   StoredRow<float> as_row() const { return {mean, lse}; }
 };

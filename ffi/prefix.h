@@ -58,6 +58,13 @@ JAX_DSV4_HD Prefix merge(const Prefix& a, const Prefix& b) {
   return {add_log1p(ratio, high), mean};
 }
 
+// merge(Prefix{}, first), to the bit, in a tenth of the instructions.
+JAX_DSV4_HD Prefix merge_first(const Prefix& first) {
+  const float zero_or_nan = 0.0f + 0.0f * max_or_nan(first.lse, -kMaxFloat);
+  const float weight = first.lse == kNegInf ? 0.0f : 1.0f;
+  return {first.lse + 0.0f, multiply_add(first.mean, weight, zero_or_nan)};
+}
+
 // The value of a finished window.
 JAX_DSV4_HD float value_of(const Prefix& window) {
   return window.lse == kNegInf ? 0.0f : window.mean;

@@ -187,17 +187,17 @@ class Softmax {
 
 // -------------------------------------------------------------------------------------- prefixes
 
-// Merges a row, while `place_lse` and `place_mean`, where the result will be stored, are on their
-// way from memory.
-template <class Row>
+// Merges a row, the first of them or another one, while `place_lse` and `place_mean`, where the
+// result will be stored, are on their way from memory.
+template <class Row, bool kIsFirst>
 void merge_row(Row row, int count, const float* place_lse, const float* place_mean,
                float* __restrict lse, float* __restrict mean) {
   for (int first = 0; first < count; first += kChannelsAtOnce) {
     prefetch<Cache::kL1>(place_lse + first);
     prefetch<Cache::kL1>(place_mean + first);
     for (int c = first; c < first + kChannelsAtOnce; ++c) {
-      const Prefix merged =
-          merge({lse[c], mean[c]}, {to_f32(row.score_at(c)), to_f32(row.kv_at(c))});
+      const Prefix own = {to_f32(row.score_at(c)), to_f32(row.kv_at(c))};
+      const Prefix merged = kIsFirst ? merge_first(own) : merge({lse[c], mean[c]}, own);
       lse[c] = merged.lse;
       mean[c] = merged.mean;
     }
