@@ -259,7 +259,8 @@ struct RaggedShort {
   static constexpr bool kEndsInRecords = kRecords, kMayBePadded = true;
   using Exchange = RecordExchange<D>;
   struct RecordsPlan : Plan {
-    Exchange records[T::kWalkers];
+    // Taken in turn: a warp may be at its next record while others still read this one's sums.
+    Exchange records[T::kWalkers][2];
   };
   using WalkersPlan = std::conditional_t<kRecords, RecordsPlan, Plan>;
   using Few = RaggedFew<Config, kFormat, kRecords, kThreads>;
@@ -301,6 +302,7 @@ struct RaggedShort {
     const int32_t end_slot = static_cast<int32_t>(
         min(int64_t{p.num_windows}, (int64_t{walker} + 1) * p.slots_per_walker));
     int64_t from = int64_t{walker} * p.slots_per_walker;
+    [[maybe_unused]] int turn = 0;
     if (from < end_slot) smem.copy_biases(p, group, column);  // waited for with the first unit
 #pragma unroll 1
     while (from < end_slot) {
@@ -320,13 +322,16 @@ struct RaggedShort {
                            end_window < rows.first_last() && rows.may_store(end_window);
       const Windows windows{smem, rows, first, end, has_end};
       if constexpr (kRecords) {
-        RecordMaker<D, Exchange> maker(p.result, smem.records[in_cta], lane);
+        using Maker = RecordMaker<D, Exchange>;
+        const auto next_maker = [&] { return Maker(p.result, smem.records[in_cta][turn], lane); };
         windows.run(
             [&](bool wanted, int32_t window) {
-              return maker.load_all(wanted, group, owner.index, window,
-                                    static_cast<uint32_t>(window) * R);
+              return next_maker().load_all(wanted, group, owner.index, window,
+                                           static_cast<uint32_t>(window) * R);
             },
             [&](const auto& loaded, int32_t window, const Vector<float, kRaggedVector>& value) {
+              Maker maker = next_maker();
+              turn ^= 1;
 #pragma unroll
               for (int v = 0; v < kRaggedVector; ++v) maker.stage.x[0][v] = value.x[v];
               maker.finish(maker.take(loaded, group, window));

@@ -1,4 +1,4 @@
-// Fuzzes launch_ragged on a GPU: random batches, in ten regimes, with bad metadata in many of them,
+// Fuzzes launch_ragged and launch_ragged_records on a GPU: random batches, in ten regimes, with bad metadata in many of them,
 // beside SPEC's section on ragged batches written in float64, one request after another. Each
 // operand is an allocation of its own, of its exact size, for memcheck to see where it ends.
 //
@@ -12,7 +12,8 @@
 //   - in rows of prefixes a logsumexp is within 2e-5 of max(1, its magnitude), a mean within 2e-5
 //     of the largest kv of its channel in the window;
 //   - values are within 1e-5 of the largest kv of their channel in the window, and for bf16 a
-//     rounding beside.
+//     rounding beside; records, of one compressor, in f32, are within what that makes of them;
+//   - all bytes of a pool that are no record's are equal.
 // Values that are not finite need only meet others that are not finite, in the same channels.
 // Prints what failed, then JSON lines: how often each kernel ran, what was drawn of each regime,
 // and the windows and rows that each of them had; how many elements were compared, and the largest
@@ -32,11 +33,13 @@
 #include <numeric>
 #include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "config.h"
 #include "fuzz.cuh"
 #include "ragged_launch.cuh"
+#include "ragged_records.h"
 
 using namespace jax_dsv4;
 using namespace jax_dsv4::fuzz;
@@ -85,6 +88,10 @@ struct Case {
   bool has_specials;
   size_t kv_scale, score_kind;
   std::vector<int32_t> lens, cu_q_lens, num_seqs, layers;
+  // Of a batch that ends in records, with a norm or without: their pages. Else 0.
+  int64_t record_page_size = 0, record_max_pages = 0, record_pages = 0;
+  bool has_norm;
+  Operand record_tables, norm_weight, records;
   Operand kv_score, new_score, ape, kv, score, tables[2], lens_operand, cu_operand,
       num_seqs_operand, layer_operand, kv_comp;
 
@@ -95,6 +102,8 @@ struct Case {
   bool is_prefix() const { return format == StateFormat::kPrefix; }
   int64_t num_windows() const { return num_rows / R() + batch; }
   int64_t rows_per_layer() const { return num_pages * page_size; }
+  bool ends_in_records() const { return record_page_size > 0; }
+  int64_t record_page_bytes() const { return record_page_size * D() * 4; }
 
   // Of a group, or -1.
   int64_t layer_of(uint32_t group) const {
@@ -405,20 +414,6 @@ void draw_tables(Case& c, Draw& draw) {
   }
 }
 
-template <class Visit>
-bool visit_kernels(const Selection& selection, Visit&& visit) {
-  using Types = TypeList<DTypes<bf16, f32, f32>, DTypes<bf16, bf16, f32>, DTypes<f32, f32, f32>,
-                         DTypes<f32, bf16, f32>>;
-  return visit_any(Kinds{}, [&](auto kind) {
-    return selection.is_of(kind) && visit_any(Types{}, [&](auto types) {
-             using T = decltype(types);
-             return kDTypeOf<typename T::KvScore> == selection.kv_score &&
-                    kDTypeOf<typename T::State> == selection.state &&
-                    visit(Config<decltype(kind), T>{});
-           });
-  });
-}
-
 // --------------------------------------------------------------------------- filling operands
 
 // The row of a position in the state's arrays, in any group's layer; or -1.
@@ -517,6 +512,47 @@ void fill_state(Case& c, Draw& draw) {
   });
 }
 
+// A page of a request's own for every window that is completed; where there is none, any.
+void fill_records(Case& c, Draw& draw) {
+  constexpr int64_t kMostPages = 1 << 10;  // of a table
+  c.selection.out = DType::kF32;
+  c.has_norm = draw.chance(0.8);
+  c.record_page_size = draw.one_of({1, 2, 3, 8, 64});
+  std::map<std::pair<int64_t, int64_t>, int32_t> pages;  // by request of all groups, and entry
+  for (uint32_t g = 0; g < c.groups; ++g) {
+    for (const Chunk& chunk : chunks_of(c, g)) {
+      for (int64_t w = chunk.start / c.R(); w < chunk.length / c.R(); ++w) {
+        const int64_t logical = w / c.record_page_size;
+        if (logical >= kMostPages) break;
+        c.record_max_pages = std::max(c.record_max_pages, logical + 1);
+        pages[{g * c.batch + chunk.index, logical}] = 0;
+      }
+    }
+  }
+  if (draw.chance(0.1)) c.record_max_pages = draw.between(0, c.record_max_pages);
+  std::vector<int32_t> ids(pages.size() + draw.between(0, 2));
+  std::iota(ids.begin(), ids.end(), 0);
+  std::shuffle(ids.begin(), ids.end(), draw.engine);
+  c.record_pages = static_cast<int64_t>(ids.size());
+  const double bad = draw.one_of({0.0, 0.0, 0.05, 0.4});
+  const int64_t entries = c.groups * c.batch * c.record_max_pages;
+  int32_t* const tables = c.record_tables.make<int32_t>(entries);
+  for (int64_t i = 0; i < entries; ++i) {
+    tables[i] = static_cast<int32_t>(draw.between(-1, c.record_pages));
+  }
+  size_t next = 0;
+  for (const auto& [place, unused] : pages) {
+    const auto& [request, logical] = place;
+    const int32_t page = draw.chance(bad) ? bad_page(c.record_pages, c.record_page_size, c.D(), draw)
+                                          : ids[next];
+    ++next;
+    if (logical < c.record_max_pages) tables[request * c.record_max_pages + logical] = page;
+  }
+  noises().kv[0].fill(DType::kF32, c.norm_weight.make<float>(c.D()), c.D(), draw);
+  const size_t size = c.record_pages * c.record_page_bytes();
+  std::memset(c.records.make<uint8_t>(size), 0xa5, size);
+}
+
 void fill(Case& c, Draw& draw) {
   c.kv_scale = draw.one_of({0, 0, 0, 1, 2}), c.score_kind = draw.one_of({0, 0, 0, 1, 1, 2, 3});
   c.has_specials = draw.chance(0.1);
@@ -533,6 +569,7 @@ void fill(Case& c, Draw& draw) {
   }
   fill_new_rows(c, draw);
   fill_state(c, draw);
+  if (draw.chance(0.35)) return fill_records(c, draw);
   const size_t size = c.groups * c.num_windows() * c.D() * size_of(c.selection.out);
   std::memset(c.kv_comp.make<uint8_t>(size), 0xa5, size);
 }
@@ -588,8 +625,11 @@ std::string describe(const Case& c) {
     return c.groups == 1 ? "" : groups == 1 ? " (shared)" : " (per group)";
   };
   out << "  " << kRegimeNames[static_cast<int>(c.regime)] << ": " << name_of(c.selection) << ", "
-      << kStateFormatNames[static_cast<int>(c.format)] << ", kv_comp "
-      << (c.selection.out == DType::kBF16 ? "bf16" : "f32") << ", geometry " << c.geometry
+      << kStateFormatNames[static_cast<int>(c.format)] << ", "
+      << (c.ends_in_records()                ? c.has_norm ? "records, norm" : "records"
+          : c.selection.out == DType::kBF16 ? "kv_comp bf16"
+                                             : "kv_comp f32")
+      << ", geometry " << c.geometry
       << ", groups " << c.groups << ", batch " << c.batch << ", rows " << c.num_rows
       << "\n  stored: ";
   if (c.all) {
@@ -647,7 +687,11 @@ struct Expected {
     int64_t row, request, position;
     std::vector<Value> prefixes;  // [S], or none: a raw row
   };
-  std::map<int64_t, std::vector<Value>> windows;  // by row of kv_comp, of all groups: [D]
+  struct Window {
+    int64_t request, number;    // of all groups'; of the request's windows
+    std::vector<Value> values;  // [D]
+  };
+  std::map<int64_t, Window> windows;  // by row of kv_comp, of all groups
   std::vector<StateRow> rows;
 };
 
@@ -673,8 +717,9 @@ class Oracle {
       if (c_.overlap() && w > 0) add_window(chunk, w - 1, 0, sums);
       add_window(chunk, w, S_ - D_, sums);
       const int64_t slot = chunk.begin / R_ + chunk.index + w - first;
-      auto& value = expected_.windows[group_ * c_.num_windows() + slot];
-      for (int64_t d = 0; d < D_; ++d) value.push_back({sums.mean(d), sums.largest[d]});
+      auto& window = expected_.windows[group_ * c_.num_windows() + slot];
+      window.request = group_ * int64_t{c_.batch} + chunk.index, window.number = w;
+      for (int64_t d = 0; d < D_; ++d) window.values.push_back({sums.mean(d), sums.largest[d]});
     }
     Sums prefix(S_);
     if (c_.is_prefix() && chunk.start % R_ != 0) add_old(chunk, chunk.start - 1, 0, prefix);
@@ -778,6 +823,8 @@ Expected expect(Case& c) {
 
 // ------------------------------------------------------------------------------------ comparing
 
+constexpr float kNormEps = 1e-6f;
+
 struct Totals {
   int64_t elements = 0, not_finite = 0;
   double of_allowed = 0;
@@ -815,7 +862,7 @@ std::string compare_values(Case& c, const Expected& expected) {
         if (at[0] == 0 && std::memcmp(at, at + 1, size - 1) == 0) continue;
         return text_of("kv_comp: row ", row, ", channel ", d, ", holds no window: got ", x);
       }
-      const auto& [value, largest] = found->second[d];
+      const auto& [value, largest] = found->second.values[d];
       const double most = std::isfinite(x) ? std::max<double>(std::fabs(value), std::fabs(x)) : 0;
       double tolerance = 1e-5 * largest;
       if (dtype == DType::kBF16 && largest > 0) tolerance += 1.001 * rounding_of(most);
@@ -825,6 +872,48 @@ std::string compare_values(Case& c, const Expected& expected) {
     }
   }
   return "";
+}
+
+// Records that are right are copied, and then all bytes must be equal. Of one that has a channel
+// which is not finite, nothing is said.
+std::string compare_records(Case& c, const Expected& expected) {
+  const std::vector<uint8_t> got = c.records.download();
+  uint8_t* const want = c.records.at<uint8_t>(false);
+  const int64_t D = c.D(), page_size = c.record_page_size;
+  const float* const weight = c.norm_weight.at<float>(false);
+  Totals& total = totals["records, f32"];
+  for (const auto& [slot, window] : expected.windows) {
+    const int64_t logical = window.number / page_size;
+    if (logical >= c.record_max_pages) continue;
+    const int32_t page =
+        c.record_tables.at<int32_t>(false)[window.request * c.record_max_pages + logical];
+    if (page < 0 || page >= c.record_pages) continue;
+    const int64_t at = page * c.record_page_bytes() + window.number % page_size * D * 4;
+    double squares = 0, error_of_squares = 0;  // means
+    for (const auto& [value, largest] : window.values) {
+      squares += value * value / D;
+      error_of_squares += 2 * std::fabs(value) * 1e-5 * largest / D;
+    }
+    for (int64_t d = 0; d < D && std::isfinite(squares); ++d) {
+      const auto& [value, largest] = window.values[d];
+      const double factor = c.has_norm ? weight[d] / std::sqrt(squares + kNormEps) : 1;
+      double tolerance = 1e-5 * largest;
+      if (c.has_norm) {
+        tolerance += std::fabs(value) * (error_of_squares / (squares + kNormEps) / 2 + 1e-5);
+      }
+      tolerance *= std::fabs(factor);
+      const float x = element_at(DType::kF32, &got[at + d * 4]);
+      if (compare(total, x, value * factor, tolerance) <= 1) continue;
+      return text_of("record of request ", window.request, ", window ", window.number, ", page ",
+                     page, ": channel ", d, ": got ", x, ", want ", value * factor, ", within ",
+                     tolerance);
+    }
+    std::memcpy(want + at, &got[at], D * 4);
+  }
+  const size_t at = std::mismatch(got.begin(), got.end(), want).first - got.begin();
+  if (at == got.size()) return "";
+  return text_of("records: byte ", at, ", of page ", at / c.record_page_bytes(),
+                 ", of no record: got ", int{got[at]}, ", want ", int{want[at]});
 }
 
 // Of one of a state's two arrays. Prefixes that are right are copied, and then all bytes must be
@@ -924,6 +1013,28 @@ RaggedParams params_of(Case& c) {
   return p;
 }
 
+RecordTarget records_of(Case& c) {
+  RecordTarget t{};
+  t.tables = c.record_tables.at<int32_t>(true);
+  t.norm_weight = c.has_norm ? c.norm_weight.at<float>(true) : nullptr;
+  t.pool.data = c.records.at<uint8_t>(true);
+  t.pool.num_layers = 1, t.pool.num_pages = static_cast<uint32_t>(c.record_pages);
+  t.pool.page_size = Divisor(static_cast<uint32_t>(c.record_page_size));
+  t.pool.page_bytes = c.record_page_bytes(), t.pool.is_16b_aligned = true;
+  t.max_pages = static_cast<uint32_t>(c.record_max_pages), t.tables_stride = c.batch;
+  t.options.rms_norm_eps = kNormEps, t.options.rounding = Rounding::kNone;
+  return t;
+}
+
+const char* launch(Case& c) {
+  const RaggedParams params = params_of(c);
+  if (!c.ends_in_records()) {
+    return launch_ragged(nullptr, params, c.selection, c.format, c.geometry);
+  }
+  RaggedRecordsCall call = {c.selection, c.format, RecordFormat::kF32, {params, records_of(c)}};
+  return launch_ragged_records(nullptr, &call, 1, c.geometry);
+}
+
 // What is wrong; empty: nothing.
 std::string run(uint64_t seed) {
   Draw draw{std::mt19937_64(seed)};
@@ -932,17 +1043,12 @@ std::string run(uint64_t seed) {
   Case& c = cases.front();
   for (Operand* operand :
        {&c.kv_score, &c.new_score, &c.ape, &c.kv, &c.score, &c.tables[0], &c.tables[1],
-        &c.lens_operand, &c.cu_operand, &c.num_seqs_operand, &c.layer_operand, &c.kv_comp}) {
+        &c.lens_operand, &c.cu_operand, &c.num_seqs_operand, &c.layer_operand, &c.kv_comp,
+        &c.record_tables, &c.norm_weight, &c.records}) {
     operand->upload();
   }
   const std::string title = text_of("case of seed ", seed, "\n", describe(c));
-  const RaggedParams params = params_of(c);
-  const ValueTarget target{params.kv_comp, c.selection.out == DType::kBF16};
-  const char* problem = "no such kernel";
-  visit_kernels(c.selection, [&](auto config) {
-    problem = launch_ragged<decltype(config)>(nullptr, params, c.format, target, c.geometry);
-    return true;
-  });
+  const char* const problem = launch(c);
   const cudaError_t status = cudaGetLastError();
   if (status != cudaSuccess) stop(text_of(title, "\n  launch: ", cudaGetErrorString(status)));
   const bool is_long = c.selection.compress_ratio == 128;
@@ -960,14 +1066,16 @@ std::string run(uint64_t seed) {
   const std::string regime = kRegimeNames[static_cast<int>(c.regime)];
   const std::string geometry = c.geometry < 0 ? "ours" : std::to_string(c.geometry);
   counts["regime: " + regime].add(expected);
-  counts["kernel: " + name_of(c.selection) + ", " + kStateFormatNames[static_cast<int>(c.format)]]
+  counts["kernel: " + name_of(c.selection) + ", " + kStateFormatNames[static_cast<int>(c.format)] +
+         (c.ends_in_records() ? ", records" : "")]
       .add(expected);
   counts["geometry: " + geometry].add(expected);
   counts[c.all                 ? "store_rows: all"
          : c.resume_every == 0 ? "store_rows: live"
                                : "store_rows: live, resumes"]
       .add(expected);
-  std::string found = compare_values(c, expected);
+  std::string found =
+      c.ends_in_records() ? compare_records(c, expected) : compare_values(c, expected);
   if (found.empty()) found = compare_state(c, false, expected);
   if (found.empty()) found = compare_state(c, true, expected);
   return found.empty() ? "" : text_of(title, "\n  ", found);
