@@ -7,7 +7,7 @@
 #     sanitize  the kernels alone under compute-sanitizer: bad accesses, and races
 #     fuzz      random calls of decode_records beside the CPU's results, and random ragged batches
 #               beside float64; and under compute-sanitizer
-#     job       the main job, in both state formats
+#     job       the main job, in both state formats, and with prompts
 #     engine    the example: a whole model's tokens, and what the compressors take of its steps
 #     measure   most of README's times, with the baselines and jnp beside; the indexer; layers
 #     records   the times of store_records, with jnp beside, and of its launches captured by hand
@@ -138,6 +138,8 @@ run_fuzz() {
     run "fuzz-$name-plain" "$fuzz" 5000
     run "fuzz-$name-memcheck" \
       compute-sanitizer --tool memcheck --padding 8192 --error-exitcode 9 "$fuzz" 5000
+    run "fuzz-$name-racecheck" \
+      compute-sanitizer --tool racecheck --error-exitcode 9 "$fuzz" 300
   done
 }
 

@@ -2,7 +2,7 @@
 // take: reading kv_score alone, or reading it and writing all rows; and beside a decode launch.
 //
 //     nvcc -std=c++17 -O3 -arch=native -Iffi benchmarks/ragged.cu -o ragged
-//     ./ragged [case...]
+//     ./ragged ["CASES" [GEOMETRY...]]
 //
 // Cold: every launch of a graph has operands of its own, 2 GiB of them and more. D 512, kv_score
 // and values bf16, state f32, pages of 64 rows. Prints JSON lines, in microseconds; `geometry` as

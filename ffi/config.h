@@ -88,7 +88,7 @@ using DTypesList = TypeList<DTypes<bf16, f32, bf16>,                            
                             DTypes<f32, bf16, bf16>,                            //
                             DTypes<f32, bf16, f32>>;
 
-// Of CUDA kernels that have no kv_comp, or know its type at run time only.
+// Of records, and of CUDA kernels that know kv_comp's type at run time only.
 using InnerDTypesList = TypeList<DTypes<bf16, f32, f32>, DTypes<bf16, bf16, f32>,
                                  DTypes<f32, f32, f32>, DTypes<f32, bf16, f32>>;
 
@@ -125,11 +125,11 @@ bool is_of(const Selection& selection) {
          kDTypeOf<typename Types::Out> == selection.out;
 }
 
-// Calls visit(Config) for the selected one; false if it is not compiled.
-template <class Visit>
+// Calls visit(Config) for the selected one, of this list of dtypes; false if it is not compiled.
+template <class List = DTypesList, class Visit>
 bool visit_config(const Selection& selection, Visit&& visit) {
   return visit_any(Kinds{}, [&](auto kind) {
-    return selection.is_of(kind) && visit_any(DTypesList{}, [&](auto types) {
+    return selection.is_of(kind) && visit_any(List{}, [&](auto types) {
              using Types = decltype(types);
              if (!is_of<Types>(selection)) return false;
              visit(Config<decltype(kind), Types>{});

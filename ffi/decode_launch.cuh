@@ -9,6 +9,7 @@
 #include "config.h"
 #include "decode_prefix.cuh"
 #include "decode_raw.cuh"
+#include "launch.cuh"
 #include "tuning.h"
 
 namespace jax_dsv4 {
@@ -84,7 +85,6 @@ void launch_prefix_kernel(cudaStream_t stream, const DecodeParams& p) {
 template <class Config>
 const char* launch_kernel(cudaStream_t stream, const DecodeParams& p, StateFormat format,
                           int64_t geometry_index) {
-  constexpr int64_t kMaxGridX = 2147483647, kMaxGridYZ = 65535;
   if (p.batch > kMaxGridX / (Config::kHeadDim + int64_t{p.next_n}) || p.num_groups > kMaxGridYZ ||
       p.num_windows > kMaxGridYZ) {
     return "batch, next_n: too many requests, rows or groups for one launch";

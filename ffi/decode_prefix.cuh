@@ -612,10 +612,6 @@ struct PrefixStep {
   }
 
   template <class Element>
-  __device__ static void store_value(const Merged& merged, Element* out) {
-    store_value(merged.value, merged.value_before, out);
-  }
-  template <class Element>
   __device__ static void store_value(const PrefixVector& value, const PrefixVector& value_before,
                                      Element* out) {
     Vector<Element, kVector> values;
@@ -656,7 +652,7 @@ __global__ void __launch_bounds__(PrefixTile<Config>::kThreads, PrefixTile<Confi
     const auto merged = step.merge_new_rows(t0, tokens);
     step.store_rows(merged);
     if (merged.last < Step::kRows) {
-      step.store_value(merged, out);
+      step.store_value(merged.value, merged.value_before, out);
       out += Config::kHeadDim;
     }
     if ((t0 += Step::kRows) >= r.num_new) break;

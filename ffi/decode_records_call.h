@@ -160,8 +160,7 @@ ffi::ErrorOr<RecordsCalls<typename Lens::Params>> check_records(ffi::RemainingAr
   calls.geometry = attribute("geometry", int64_t{});
   const Lens lens = Lens::read([&](size_t k) { return last(1 + k); }, attribute);
   const auto layer = attribute("layer", int64_t{});
-  check.require(calls.geometry >= kAutoGeometry,
-                "geometry: expected -1, or the index of one that is compiled");
+  check.require(calls.geometry >= kAutoGeometry, "geometry: expected -1 or more");
   std::vector<CompressorAttributes> of_compressors;
   for (size_t i = 0; i < count; ++i) {
     of_compressors.push_back(attribute("compressor_" + std::to_string(i), CompressorAttributes{}));

@@ -8,7 +8,6 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -65,7 +64,9 @@ void run_request(const Step& step, const Split& split, int64_t index, int part) 
   }
   const auto r = request_at<Config>(p, group, request);
   float* const values = step.values->of(index);
-  const auto value_of = [&](uint32_t window) { return values + (window - r.first_window) * D; };
+  const auto value_of = [&](uint32_t window) {
+    return values + int64_t{window - r.first_window} * D;
+  };
   step_request<Config, kFormat>(p, r, split.channels(D, part),
                                 [&](uint32_t window, auto&& put) { put(value_of(window)); });
   if (!step.values->was_last_part(index)) return;
@@ -89,14 +90,12 @@ int64_t total_work(const DecodeParams& p) {
 
 Step step_of(const DecodeRecordsCall& call) {
   Step step{call.params, store_of(call.format, call.selection.head_dim), nullptr, 0, nullptr};
-  visit_config(call.selection, [&](auto config) {
+  visit_config<InnerDTypesList>(call.selection, [&](auto config) {
     using C = decltype(config);
-    if constexpr (std::is_same_v<typename C::Out, f32>) {
-      visit_format<C>(call.state_format, [&](auto format) {
-        step.run = run_request<C, format>;
-        step.work = total_work<C, format>(call.params);
-      });
-    }
+    visit_format<C>(call.state_format, [&](auto format) {
+      step.run = run_request<C, format>;
+      step.work = total_work<C, format>(call.params);
+    });
   });
   return step;
 }

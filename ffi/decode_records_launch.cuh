@@ -205,14 +205,9 @@ bool launch_pair(cudaStream_t stream, const DecodeRecordsCall& main,
 
 inline bool launch_as_pair(cudaStream_t stream, const DecodeRecordsCall& a,
                            const DecodeRecordsCall& b) {
-  const bool main_is_first = a.selection.head_dim > b.selection.head_dim;
-  const DecodeRecordsCall &main = main_is_first ? a : b, &indexer = main_is_first ? b : a;
-  return main.selection.is_of(MainKind{}) && indexer.selection.is_of(IndexerKind{}) &&
-         main.state_format == indexer.state_format && visit_any(InnerDTypesList{}, [&](auto types) {
-           using Types = decltype(types);
-           return is_of<Types>(main.selection) && is_of<Types>(indexer.selection) &&
-                  launch_pair<Types>(stream, main, indexer);
-         });
+  return visit_pair(a, b, [&](auto types, const auto& main, const auto& indexer) {
+    return launch_pair<decltype(types)>(stream, main, indexer);
+  });
 }
 
 // In the geometry of this index, or of our choice where it is negative. Returns what is wrong with
@@ -225,15 +220,11 @@ inline const char* launch_decode_records(cudaStream_t stream, const DecodeRecord
     for (size_t i = 0; i < count && problem == nullptr; ++i) {
       problem = "geometry: not for this call";
       const DecodeRecordsCall& call = calls[i];
-      visit_any(Kinds{}, [&](auto kind) {
-        return call.selection.is_of(kind) && visit_any(InnerDTypesList{}, [&](auto types) {
-                 using Types = decltype(types);
-                 if (!is_of<Types>(call.selection)) return false;
-                 return visit_body<Config<decltype(kind), Types>>(call, geometry, [&](auto body) {
-                   problem = launch_one(body, call);
-                   return true;
-                 });
-               });
+      visit_config<InnerDTypesList>(call.selection, [&](auto config) {
+        visit_body<decltype(config)>(call, geometry, [&](auto body) {
+          problem = launch_one(body, call);
+          return true;
+        });
       });
     }
     return problem;

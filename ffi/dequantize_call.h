@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 
 #include "operands.h"
 #include "record_call.h"
@@ -71,8 +70,7 @@ inline ffi::ErrorOr<DequantizeCall> check_dequantize(ffi::RemainingArgs operands
   const bool is_per_group = check.maybe_shared("records.pool", o.pool, kU8, pool_dims(o));
   const RecordPool pool = check_pool(check, o, record_bytes, !is_per_group);
   const int64_t total = product_of({check.num_groups(), count});
-  check.require(total <= std::numeric_limits<int32_t>::max(),
-                "slots: groups times slots must be below 2^31");
+  check.require(total <= kInt32Max, "slots: groups times slots must be below 2^31");
   if (!check.ok()) return failure();
 
   return DequantizeCall{

@@ -16,6 +16,20 @@ inline constexpr int64_t kMaxGridX = 2147483647, kMaxGridYZ = 65535;
 using MainKind = Kind<512, 4, true>;
 using IndexerKind = Kind<128, 4, true>;
 
+// Calls visit(DTypes, main, indexer) for two calls that are such a pair; false: they are not, or it
+// returned so.
+template <class Call, class Visit>
+bool visit_pair(const Call& a, const Call& b, Visit&& visit) {
+  const bool main_is_first = a.selection.head_dim > b.selection.head_dim;
+  const Call &main = main_is_first ? a : b, &indexer = main_is_first ? b : a;
+  return main.selection.is_of(MainKind{}) && indexer.selection.is_of(IndexerKind{}) &&
+         main.state_format == indexer.state_format && visit_any(InnerDTypesList{}, [&](auto types) {
+           using Types = decltype(types);
+           return is_of<Types>(main.selection) && is_of<Types>(indexer.selection) &&
+                  visit(types, main, indexer);
+         });
+}
+
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
   cudaGetDevice(&device);

@@ -25,7 +25,7 @@ struct RaggedAttributes {
   DType out_dtype;
   int64_t max_rewind;    // kStoreAll: all rows are stored
   int64_t resume_every;  // kNoResume: no step starts at its multiples
-  int64_t geometry;      // index into the kind's; kAutoGeometry: ours to choose
+  int64_t geometry;      // as in ragged_launch.cuh; kAutoGeometry: ours to choose
 };
 inline constexpr int64_t kStoreAll = -1, kNoResume = 0;
 
@@ -107,8 +107,7 @@ inline ffi::ErrorOr<RaggedCall> check_ragged(ffi::RemainingArgs operands,
   check_step_operands(check, o);
   check_ragged_operands(check, r, o);
   check.require_rank("kv_comp", kv_comp, 2, "rows, head_dim");
-  check.require(a.geometry >= kAutoGeometry,
-                "geometry: expected -1, or the index of one that is compiled");
+  check.require(a.geometry >= kAutoGeometry, "geometry: expected -1 or more");
   if (!check.ok()) return failure();
 
   const int64_t D = kv_comp.dimensions().back();

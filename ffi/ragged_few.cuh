@@ -206,7 +206,7 @@ struct FewRows {
       for (int v = 0; v < kVector; ++v) {
         const Prefix next = {to_f32(row.score.x[v]), to_f32(row.kv.x[v])};
         open[v] = merge(row_of(j) == 0 ? Prefix{} : open[v], counted >> j & 1 ? next : Prefix{});
-        if (row_of(j) == R - 1 && j < count) whole[v] = open[v];
+        if (row_of(j) == R - 1) whole[v] = open[v];
         merged[j].score.x[v] = round_to<typename Rows::State>(open[v].lse);
         merged[j].kv.x[v] = round_to<typename Rows::State>(open[v].mean);
       }
@@ -353,7 +353,8 @@ struct RaggedFew {
  private:
   // Not where there is room for a prompt: its walkers wait for these CTAs' SMs.
   static JAX_DSV4_HD bool is_narrow(const RaggedParams& p) {
-    return kHasNarrow && int64_t{p.batch} * Config::kStateDim <= kNarrowRaggedChannels &&
+    return kHasNarrow &&
+           int64_t{p.num_groups} * p.batch * Config::kStateDim <= kNarrowRaggedChannels &&
            static_cast<uint32_t>(p.next_n) <= kFewRows<Config> * p.batch;
   }
 };

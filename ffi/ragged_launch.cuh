@@ -101,20 +101,12 @@ const char* launch_ragged(cudaStream_t stream, const RaggedParams& p, StateForma
       });
 }
 
-// Calls visit(Config) for a selection, whatever its kv_comp.
+// Returns visit(Config) for a selection, whatever its kv_comp.
 template <class Visit>
-const char* visit_inner_config(const Selection& selection, Visit&& visit) {
-  Selection inner = selection;
-  inner.out = DType::kF32;
+const char* visit_inner_config(Selection selection, Visit&& visit) {
+  selection.out = DType::kF32;
   const char* problem = "no compiled configuration";
-  visit_any(Kinds{}, [&](auto kind) {
-    return inner.is_of(kind) && visit_any(InnerDTypesList{}, [&](auto types) {
-             using Types = decltype(types);
-             if (!is_of<Types>(inner)) return false;
-             problem = visit(Config<decltype(kind), Types>{});
-             return true;
-           });
-  });
+  visit_config<InnerDTypesList>(selection, [&](auto config) { problem = visit(config); });
   return problem;
 }
 
@@ -130,18 +122,11 @@ inline const char* launch_ragged(cudaStream_t stream, const RaggedParams& p,
 // A layer's main compressor and its indexer's in one launch, if they are such a pair.
 inline bool launch_ragged_pair(cudaStream_t stream, const RaggedRecordsCall& a,
                                const RaggedRecordsCall& b) {
-  const bool main_is_first = a.selection.head_dim > b.selection.head_dim;
-  const RaggedRecordsCall &main = main_is_first ? a : b, &indexer = main_is_first ? b : a;
-  if (!main.selection.is_of(MainKind{}) || !indexer.selection.is_of(IndexerKind{}) ||
-      main.state_format != indexer.state_format) {
-    return false;
-  }
   const auto records_of = [](const RaggedRecordsCall& call) {
     return RecordParams(call.params.records, call.format, call.selection.head_dim);
   };
-  return visit_any(InnerDTypesList{}, [&](auto types) {
+  return visit_pair(a, b, [&](auto types, const auto& main, const auto& indexer) {
     using Types = decltype(types);
-    if (!is_of<Types>(main.selection) || !is_of<Types>(indexer.selection)) return false;
     using Main = Config<MainKind, Types>;
     using Indexer = Config<IndexerKind, Types>;
     using Body = RaggedShort<Main, StateFormat::kRaw, true>;

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
-#include <type_traits>
 #include <vector>
 
 #include "config.h"
@@ -43,14 +42,12 @@ Work::Work(const RaggedRecordsCall& call)
       records(call.params.records),
       run(nullptr),
       store(store_of(call.format, call.selection.head_dim)) {
-  visit_config(call.selection, [&](auto config) {
+  visit_config<InnerDTypesList>(call.selection, [&](auto config) {
     using C = decltype(config);
-    if constexpr (std::is_same_v<typename C::Out, f32>) {
-      visit_format<C>(call.state_format, [&](auto format) {
-        run = run_piece<C, format>;
-        amount = batch.work<C, format>();
-      });
-    }
+    visit_format<C>(call.state_format, [&](auto format) {
+      run = run_piece<C, format>;
+      amount = batch.work<C, format>();
+    });
   });
 }
 

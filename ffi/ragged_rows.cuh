@@ -2,7 +2,6 @@
 // from and go, and what becomes of values. Device code only.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -226,9 +225,6 @@ struct RaggedRows {
   // Whether all rows of a window are new.
   __device__ __forceinline__ bool is_whole(int32_t window) const {
     return window * R >= start && window * R + (R - 1) < length;
-  }
-  __device__ __forceinline__ bool is_new(int32_t position) const {
-    return position >= start && position < length;
   }
   __device__ __forceinline__ bool stores(int32_t position) const {
     return is_stored<Config, kFormat>(p.rule, position, length);

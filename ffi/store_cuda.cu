@@ -5,9 +5,10 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <limits>
 
 #include "cuda_error.cuh"
+#include "launch.cuh"
+#include "operands.h"
 #include "store.h"
 #include "store_call.h"
 #include "store_launch.cuh"
@@ -22,11 +23,10 @@ ffi::Error store_records(cudaStream_t stream, ffi::RemainingArgs operands,
   if (!call) return call.error();
   if (call->empty) return ffi::Error::Success();
   const StoreParams& p = call->params;
-  constexpr uint32_t kMaxGridY = 65535;
-  if (p.num_groups > kMaxGridY) {
+  if (p.num_groups > kMaxGridYZ) {
     return ffi::Error::InvalidArgument("records: too many groups for one launch");
   }
-  if (int64_t{p.num_values} * 32 > std::numeric_limits<int32_t>::max()) {
+  if (int64_t{p.num_values} * 32 > kInt32Max) {
     return ffi::Error::InvalidArgument("values: too many for one launch");
   }
   const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };

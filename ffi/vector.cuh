@@ -1,4 +1,4 @@
-// Loads and stores of vectors, and every instruction that is written as PTX. Device code only.
+// Loads, stores and copies, barriers, clusters: all PTX but that of arithmetic. Device code only.
 #pragma once
 
 #include <cstdint>

@@ -3,7 +3,6 @@
 // and nothing is contracted into fused operations (-ffp-contract=off).
 #pragma once
 
-#include <algorithm>
 #include <atomic>
 
 namespace jax_dsv4 {

@@ -1,6 +1,7 @@
-// Fuzzes launch_ragged and launch_ragged_records on a GPU: random batches, in ten regimes, with bad metadata in many of them,
-// beside SPEC's section on ragged batches written in float64, one request after another. Each
-// operand is an allocation of its own, of its exact size, for memcheck to see where it ends.
+// Fuzzes launch_ragged and launch_ragged_records on a GPU: random batches, in ten regimes, with bad
+// metadata in many of them, beside SPEC's section on ragged batches written in float64, one request
+// after another. Each operand is an allocation of its own, of its exact size, for memcheck to see
+// where it ends.
 //
 //     nvcc -std=c++17 -O2 -arch=native -Iffi tests/fuzz_ragged.cu -o fuzz
 //     ./fuzz [cases=5000] [seed=0]
@@ -543,8 +544,8 @@ void fill_records(Case& c, Draw& draw) {
   size_t next = 0;
   for (const auto& [place, unused] : pages) {
     const auto& [request, logical] = place;
-    const int32_t page = draw.chance(bad) ? bad_page(c.record_pages, c.record_page_size, c.D(), draw)
-                                          : ids[next];
+    const int32_t page =
+        draw.chance(bad) ? bad_page(c.record_pages, c.record_page_size, c.D(), draw) : ids[next];
     ++next;
     if (logical < c.record_max_pages) tables[request * c.record_max_pages + logical] = page;
   }
@@ -626,12 +627,11 @@ std::string describe(const Case& c) {
   };
   out << "  " << kRegimeNames[static_cast<int>(c.regime)] << ": " << name_of(c.selection) << ", "
       << kStateFormatNames[static_cast<int>(c.format)] << ", "
-      << (c.ends_in_records()                ? c.has_norm ? "records, norm" : "records"
+      << (c.ends_in_records()               ? c.has_norm ? "records, norm" : "records"
           : c.selection.out == DType::kBF16 ? "kv_comp bf16"
-                                             : "kv_comp f32")
-      << ", geometry " << c.geometry
-      << ", groups " << c.groups << ", batch " << c.batch << ", rows " << c.num_rows
-      << "\n  stored: ";
+                                            : "kv_comp f32")
+      << ", geometry " << c.geometry << ", groups " << c.groups << ", batch " << c.batch
+      << ", rows " << c.num_rows << "\n  stored: ";
   if (c.all) {
     out << "all";
   } else {

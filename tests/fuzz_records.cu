@@ -10,8 +10,7 @@
 // it, and `./fuzz 1 SEED` runs it alone. Against the CPU's result:
 //   - raw rows, and all bytes that the CPU does not write, are equal;
 //   - in rows of prefixes a logsumexp is within 2e-5 of max(1, its magnitude), a mean within 2e-5
-//   of
-//     the largest kv: the kernels' exp is a fast one, and one of them merges in another order;
+//     of the largest kv: the kernels' exp is a fast one, and one of them merges in another order;
 //   - records are read back, and are within one step of their format, beside `slack_of`.
 // Where a case has values that are not finite, those need only meet others that are not finite; and
 // records are compared if nothing spreads such a value over its row.
@@ -679,18 +678,12 @@ std::string name_of(RawRecords<Config, Geometry, kAnyPage>) {
 // The kernel that a call has alone; empty: none.
 std::string kernel_of(const DecodeRecordsCall& call, int64_t geometry) {
   std::string name;
-  visit_any(Kinds{}, [&](auto kind) {
-    return call.selection.is_of(kind) && visit_any(InnerDTypesList{}, [&](auto types) {
-             using Types = decltype(types);
-             if (!is_of<Types>(call.selection)) return false;
-             return visit_body<Config<decltype(kind), Types>>(call, geometry, [&](auto body) {
-               std::ostringstream out;
-               out << call.selection.head_dim << "/" << call.selection.compress_ratio << " "
-                   << name_of(body);
-               name = out.str();
-               return true;
-             });
-           });
+  visit_config<InnerDTypesList>(call.selection, [&](auto config) {
+    visit_body<decltype(config)>(call, geometry, [&](auto body) {
+      name =
+          text_of(call.selection.head_dim, "/", call.selection.compress_ratio, " ", name_of(body));
+      return true;
+    });
   });
   return name;
 }
@@ -741,20 +734,10 @@ void run_request(const DecodeRecordsCall& call, uint32_t group, uint32_t request
 }
 
 void run_on_cpu(const DecodeRecordsCall& call, uint32_t group, uint32_t request, Written& written) {
-  visit_any(Kinds{}, [&](auto kind) {
-    return call.selection.is_of(kind) && visit_any(InnerDTypesList{}, [&](auto types) {
-             using Types = decltype(types);
-             using C = Config<decltype(kind), Types>;
-             if (!is_of<Types>(call.selection)) return false;
-             if constexpr (may_hold(kDTypeOf<typename C::State>, StateFormat::kPrefix)) {
-               if (call.state_format == StateFormat::kPrefix) {
-                 run_request<C, StateFormat::kPrefix>(call, group, request, written);
-                 return true;
-               }
-             }
-             run_request<C, StateFormat::kRaw>(call, group, request, written);
-             return true;
-           });
+  visit_config<InnerDTypesList>(call.selection, [&](auto config) {
+    using C = decltype(config);
+    visit_format<C>(call.state_format,
+                    [&](auto format) { run_request<C, format>(call, group, request, written); });
   });
 }
 
