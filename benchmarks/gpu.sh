@@ -138,8 +138,11 @@ run_fuzz() {
     run "fuzz-$name-plain" "$fuzz" 5000
     run "fuzz-$name-memcheck" \
       compute-sanitizer --tool memcheck --padding 8192 --error-exitcode 9 "$fuzz" 5000
+    # One thread initialises a barrier and arrives at it, which the tool takes for its whole warp.
     run "fuzz-$name-racecheck" \
-      compute-sanitizer --tool racecheck --error-exitcode 9 "$fuzz" 300
+      compute-sanitizer --tool racecheck --print-limit 10000 "$fuzz" 300
+    ! grep ' and .* access at ' "$results/fuzz-$name-racecheck.log" | grep -v expect_bytes ||
+      failed+=("fuzz-$name-races")
   done
 }
 

@@ -511,6 +511,15 @@ void fill_state(Case& c, Draw& draw) {
       }
     }
   });
+  // Tables may pair a kv with several scores.
+  visit_old_rows([&](const uint8_t* to_kv, uint8_t* to_score) {
+    for (int64_t i = 0; i < S * size; i += size) {
+      const bool is_none = element_at(dtype, to_score + i) == kNegInf;
+      if (is_none && !std::isfinite(element_at(dtype, to_kv + i))) {
+        set_element(dtype, to_score + i, 0);
+      }
+    }
+  });
 }
 
 // A page of a request's own for every window that is completed; where there is none, any.
