@@ -78,6 +78,8 @@ def array(name: str, x: Any, dtypes: Sequence[str], *shape: int | str) -> Array:
     """``x`` as an array of one of ``dtypes`` and this shape; a string: a dimension of any size."""
     if isinstance(x, jax.ShapeDtypeStruct):
         raise TypeError(f"{name}: expected an array, got a ShapeDtypeStruct; use jax.eval_shape")
+    if isinstance(x, jax.Ref):
+        raise TypeError(f"{name}: expected an array, got a reference; read it: ref[...]")
     try:
         given = x
         if not (hasattr(x, "dtype") and hasattr(x, "shape")):

@@ -14,6 +14,18 @@ import jax.export
 _T = TypeVar("_T", bound=type)
 
 
+def register_tuple(cls: _T) -> _T:
+    """A decorator that makes a named tuple one that ``jax.export`` can serialize."""
+    if (earlier := _before_reload(cls)) is not None:
+        return earlier
+    jax.export.register_namedtuple_serialization(cls, serialized_name=f"jax_dsv4.{cls.__name__}")
+    return cls
+
+
+def _before_reload(cls: _T) -> _T | None:
+    return vars(sys.modules[cls.__module__]).get(cls.__name__)
+
+
 def register(
     arrays: Sequence[str], leaf_names: Callable[[Any], Sequence[str]]
 ) -> Callable[[_T], _T]:
@@ -27,8 +39,7 @@ def register(
     """
 
     def decorate(cls: _T) -> _T:
-        earlier = vars(sys.modules[cls.__module__]).get(cls.__name__)
-        if earlier is not None:
+        if (earlier := _before_reload(cls)) is not None:
             return earlier
         static = [field.name for field in dataclasses.fields(cls) if field.name not in arrays]
 

@@ -52,6 +52,9 @@ class Compressor:
       overlap: whether windows overlap (then S = 2 D, else S = D); ``None``: those of ratio 4 do.
       rms_norm_eps, rope_layout, hadamard, rounding: as in ``store_records``.
 
+    What ``None`` stands for is settled here, once: who derives one compressor from another by
+    ``dataclasses.replace`` gives ``overlap`` and ``rounding`` anew.
+
     Raises:
       ValueError, TypeError: a static field is none of the above; the text names it.
     """

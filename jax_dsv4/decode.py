@@ -16,7 +16,6 @@ from jax.typing import ArrayLike, DTypeLike
 from jax_dsv4 import _check, _config, _op
 from jax_dsv4._op import Operand
 from jax_dsv4.reference import decode as reference
-from jax_dsv4.reference import paging
 from jax_dsv4.state import CompressorState, check_state
 
 
@@ -302,6 +301,42 @@ def raw_to_prefix(
     return _convert(*operands, ratio, overlap, implementation)
 
 
+@dataclasses.dataclass(frozen=True)
+class _RowsOptions:
+    """The static side of reading rows."""
+
+    ratio: int
+    overlap: bool
+
+
+def _rows_read(
+    options: _RowsOptions, kv: Any, _score: Any, tables: Any, *_: Any
+) -> list[tuple[tuple[int, ...], str]]:
+    num_rows = (1 + options.overlap) * options.ratio - 1
+    return [((tables.shape[0], num_rows, kv.shape[-1]), "float32")] * 2
+
+
+# The rows that a raw state of f32 still needs. An operation of no kernel, for all its transforms:
+# of indexing with arrays that only some meshes split, JAX refuses most forms.
+_READ = _op.Operation(
+    name="raw_to_prefix",
+    target="",
+    operands=(
+        Operand("state.kv", 3, of_layers=True),
+        Operand("state.score", 3, of_layers=True),
+        Operand("kv_tables", 2),
+        Operand("score_tables", 2),
+        Operand("kv_lens", 1),
+        Operand("layer", 1),
+    ),
+    groups="kv_lens",
+    results=_rows_read,
+    attributes=lambda *_: {},
+    reference=reference.read_rows,
+)
+_READ_LAYER = _READ.with_layers()
+
+
 @functools.partial(jax.jit, static_argnums=(5, 6, 7))
 def _convert(
     kv: Array,
@@ -313,23 +348,17 @@ def _convert(
     overlap: bool,
     implementation: str | None,
 ) -> CompressorState:
-    first = jnp.maximum(kv_lens // ratio - int(overlap), 0) * ratio
-    positions = first[:, None] + jnp.arange((1 + overlap) * ratio - 1, dtype=jnp.int32)[None]
-
-    def rows_of(pool: Array, tables: Array, layer: Array) -> Array:
-        pages, at = paging.pool_of(pool, layer)
-        if 0 in (pages.size, tables.size):
-            return jnp.zeros((*positions.shape, pool.shape[-1]), jnp.float32)
-        rows = pages.at[at.find_rows(tables, positions)].get(mode="fill", fill_value=0)
-        return rows.astype(jnp.float32)
+    read = _READ if kv.ndim == 3 else _READ_LAYER
+    first = reference.first_needed(kv_lens, ratio, overlap)
 
     def convert(layer: Array | None, prefixes: CompressorState) -> CompressorState:
         # From the start of a window, and of scores that have their bias: rows as a step's new ones.
         at = jnp.zeros(0, jnp.int32) if layer is None else layer[None]
         # A layer is still raw when its turn comes, and f32 holds bf16 exactly.
-        rows = (rows_of(prefixes.kv, kv_tables, at), rows_of(prefixes.score, score_tables, at))
+        operands = (prefixes.kv, prefixes.score, kv_tables, score_tables, kv_lens, at)
+        new_kv, new_score = _op.call(read, _RowsOptions(ratio, overlap), "xla", *operands)
         _, prefixes = paged_kv_compress(
-            rows,
+            (new_kv, new_score),
             None,
             prefixes,
             (kv_tables, score_tables),

@@ -19,6 +19,7 @@ RECORD_FORMATS = ("f32", "bf16", "fp8", "fp8_ds_mla", "fp8_block128", "mxfp4")
 _COMPILED = tuple(_cpu.RECORDS)  # (format, head_dim)
 _SCALES = ("f32", "power_of_two", "ue8m0")
 _ROUNDINGS = (None, "once", "none", "model")
+_F32_MAX, _F32_TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 
 
 @_pytree.register(("pool",), lambda records: (records._leaf_name,))
@@ -327,14 +328,14 @@ def check_record_options(
 ) -> dict[str, Any]:
     """What a record is made by, each choice in one form, by its name."""
     eps = rms_norm_eps
-    if not isinstance(eps, (int, float, np.floating, np.integer)) or not eps >= 0:
+    if not isinstance(eps, (int, float, np.floating, np.integer)) or not 0 <= eps <= _F32_MAX:
         raise ValueError(f"rms_norm_eps: expected a number of at least 0, got {eps!r}")
     _check.choice("rope_layout", rope_layout, ROPE_LAYOUTS)
     if not isinstance(hadamard, (bool, np.bool_)):
         raise TypeError(f"hadamard: expected True or False, got {hadamard!r}")
     _check.choice("rounding", rounding, _ROUNDINGS)
     return {
-        "rms_norm_eps": float(eps),
+        "rms_norm_eps": max(float(eps), _F32_TINY),  # a record of zeros has a root, too
         "rope_layout": rope_layout,
         "hadamard": bool(hadamard),
         "rounding": rounding or ("none" if hadamard else "once"),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import jax.export
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jax_dsv4 import _check
+from jax_dsv4 import _check, _pytree
 from jax_dsv4.reference.ragged import requests_of
 
 
+@_pytree.register_tuple
 class CompletedWindows(NamedTuple):
     """What the rows of ``kv_comp`` hold; three arrays ``[B, M]``, ``M = ceil(next_n / R)``.
 
@@ -89,6 +92,7 @@ def completed_windows(
     return CompletedWindows(window, valid, jnp.where(valid, window * ratio, -1))
 
 
+@_pytree.register_tuple
 class RaggedWindows(NamedTuple):
     """What the rows of a ragged batch's ``kv_comp`` hold; two arrays ``[T // R + B]`` i32.
 
@@ -116,7 +120,7 @@ def ragged_windows(
     Args:
       cu_q_lens, kv_lens, compress_ratio, num_seqs: those of the call.
       overlap: changes nothing, as in ``num_compressed``.
-      num_rows: T, the static number of rows of ``kv_score``.
+      num_rows: T, the number of rows of ``kv_score``: static, or a dimension of ``jax.export``.
 
     Returns:
       ``RaggedWindows(request, window)``.
@@ -125,10 +129,12 @@ def ragged_windows(
       ValueError, TypeError: a wrong shape, value or dtype; the text names the argument.
     """
     ratio, _ = _check.ratio_and_overlap(compress_ratio, overlap)
-    num_rows = _check.integer("num_rows", num_rows, 0)
+    rows: Any = num_rows
+    if not jax.export.is_symbolic_dim(num_rows):
+        rows = _check.integer("num_rows", num_rows, 0)
     kv_lens, cu_q_lens, num_seqs = _check.ragged_batch(kv_lens, cu_q_lens, num_seqs)
-    requests = requests_of(cu_q_lens, kv_lens, num_seqs, num_rows)
-    return RaggedWindows(*requests.windows(num_rows, ratio))
+    requests = requests_of(cu_q_lens, kv_lens, num_seqs, rows)
+    return RaggedWindows(*requests.windows(rows, ratio))
 
 
 def _first_and_count(

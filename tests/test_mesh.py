@@ -120,6 +120,30 @@ def test_jit_splits_the_groups_of_a_conversion(axis_type):
 
 
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)
+@pytest.mark.parametrize("unmapped", range(3), ids=("state", "tables", "kv_lens"))
+def test_groups_of_a_conversion_share_an_operand(unmapped, axis_type):
+    mesh = make_mesh(MESHES["1-D"], AXIS_TYPES[axis_type])
+    rng = np.random.default_rng(0)
+    kv, score = rng.standard_normal((2, 8, 6, 4, 256), np.float32)
+    tables = rng.permuted(np.tile(np.arange(6, dtype=np.int32), (8, 1)), axis=1).reshape(8, 2, 3)
+    arrays = [CompressorState(kv, score), tables, rng.integers(0, 13, (8, 2), dtype=np.int32)]
+    arrays[unmapped] = jax.tree.map(lambda x: x[0], arrays[unmapped])
+    axes = tuple(None if i == unmapped else 0 for i in range(3))
+    convert = functools.partial(raw_to_prefix, compress_ratio=4)
+    stack = functools.partial(jax.tree.map, lambda x: np.stack([x] * 8))
+    each = [stack(x) if i == unmapped else x for i, x in enumerate(arrays)]
+    alone = [convert(*jax.tree.map(lambda x, g=g: x[g], each)) for g in range(8)]
+    placed = [
+        x if i == unmapped else jax.device_put(x, NamedSharding(mesh, P("a")))
+        for i, x in enumerate(arrays)
+    ]
+    got = jax.jit(jax.vmap(convert, in_axes=axes))(*placed)
+    for g, want in enumerate(alone):
+        np.testing.assert_array_equal(np.asarray(got.kv)[g], want.kv)
+        np.testing.assert_array_equal(np.asarray(got.score)[g], want.score)
+
+
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
 @pytest.mark.parametrize("case", cases.in_formats([cases.MAPPED]), ids=str)
 def test_jit_splits_the_groups_of_the_reference(case, axis_type):
     sizes = MESHES["1-D"]

@@ -363,6 +363,18 @@ def test_a_state_in_references_is_updated_in_place():
     np.testing.assert_array_equal(score[...], want.score)
 
 
+@pytest.mark.parametrize("jitted", (False, True))
+def test_a_reference_itself_is_refused(jitted):
+    state = init_state(8, 4, head_dim=128, **R4)
+    kv, score = jax.new_ref(state.kv), jax.new_ref(state.score)
+
+    def step(kv, score):
+        return call(state=CompressorState(kv, score))[0]
+
+    with pytest.raises(TypeError, match=r"^state\.kv: .* got a reference; read it: ref\[\.\.\.\]"):
+        (jax.jit(step) if jitted else step)(kv, score)
+
+
 # ------------------------------------------------------------------------------------- checkpoints
 
 

@@ -172,3 +172,32 @@ def _scan_prefixes(
     xs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (rows, exists, starts))
     _, prefixes = jax.lax.scan(merge_row, carry, xs)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), prefixes)
+
+
+def first_needed(kv_lens: Array, ratio: int, overlap: bool) -> Array:
+    """The position of the first row that a raw state still needs, per request."""
+    return jnp.maximum(kv_lens // ratio - int(overlap), 0) * ratio
+
+
+def read_rows(
+    kv: Array,
+    score: Array,
+    kv_tables: Array,
+    score_tables: Array,
+    kv_lens: Array,
+    layer: Array,
+    *,
+    ratio: int,
+    overlap: bool,
+) -> tuple[Array, Array]:
+    """The rows that a raw state of f32 still needs, and those behind them in the window."""
+    first = first_needed(kv_lens, ratio, overlap)
+    positions = first[:, None] + jnp.arange((1 + overlap) * ratio - 1, dtype=jnp.int32)[None]
+
+    def rows_of(pool: Array, tables: Array) -> Array:
+        pages, at = pool_of(pool, layer)
+        if 0 in (pages.size, tables.size):
+            return jnp.zeros((*positions.shape, pool.shape[-1]), jnp.float32)
+        return pages.at[at.find_rows(tables, positions)].get(mode="fill", fill_value=0)
+
+    return rows_of(kv, kv_tables), rows_of(score, score_tables)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 
 from jax_dsv4._formats import ROPE_DIM, RecordFormat
 
@@ -317,10 +319,26 @@ def _from_minifloat(
 
 
 def _bytes_of(x: Array) -> Array:
-    """[N, K] of any dtype as u8 [N, K times its bytes], little-endian."""
-    return jax.lax.bitcast_convert_type(x, jnp.uint8).reshape(x.shape[0], -1)
+    """[N, K] of any dtype as u8 [N, K times its bytes], little-endian.
+
+    By shifts: of a bitcast that changes the shape, an exported program of any N cannot be run.
+    """
+    words = jax.lax.bitcast_convert_type(x, _word_of(x.dtype))
+    return (words[..., None] >> _shifts_of(words.dtype)).astype(jnp.uint8).reshape(x.shape[0], -1)
 
 
-def _from_bytes(data: Array, dtype: jnp.dtype) -> Array:
-    size = jnp.dtype(dtype).itemsize
-    return jax.lax.bitcast_convert_type(data.reshape(data.shape[0], -1, size), dtype)
+def _from_bytes(data: Array, dtype: DTypeLike) -> Array:
+    word = _word_of(dtype)
+    each = data.reshape(data.shape[0], -1, word.itemsize).astype(word)
+    words = jnp.sum(each << _shifts_of(word), axis=-1, dtype=word)
+    return jax.lax.bitcast_convert_type(words, dtype)
+
+
+def _word_of(dtype: DTypeLike) -> np.dtype:
+    """The unsigned integer of as many bytes."""
+    return np.dtype(f"uint{8 * jnp.dtype(dtype).itemsize}")
+
+
+def _shifts_of(word: np.dtype) -> np.ndarray:
+    """By how many bits each byte of a word is shifted: [1, 1, bytes]."""
+    return 8 * np.arange(word.itemsize, dtype=word)[None, None]
