@@ -83,8 +83,17 @@ sanitize_shard() { # FILE LOG COMMAND...
   return $rc
 }
 
-# Starts a process for each of the files of test ids, and sets `pids` by log.
-declare -A pids=()
+declare -A pids=() # of what was started, by log
+
+# Starts a command, whose output goes to a log of this name.
+start() {
+  local name=$1
+  shift
+  "$@" >"$results/$name.log" 2>&1 &
+  pids[$name]=$!
+}
+
+# Starts a process for each of the files of test ids.
 start_tests() { # RUN NAME LOG COMMAND...
   local run=$1 name=$2 log=$3 file shard
   shift 3
@@ -95,23 +104,24 @@ start_tests() { # RUN NAME LOG COMMAND...
   done
 }
 
-# Waits for all of them, and prints how each ended.
-finish_tests() {
-  local shard
-  for shard in $(printf '%s\n' "${!pids[@]}" | sort); do
-    if ! wait "${pids[$shard]}"; then
-      failed+=("$shard")
-      grep -E '^(FAILED|ERROR) ' "$results/$shard.log"
+# Waits for all that was started, and prints how each ended.
+finish() {
+  local name
+  for name in $(printf '%s\n' "${!pids[@]}" | sort); do
+    if ! wait "${pids[$name]}"; then
+      failed+=("$name")
+      grep -E '^(FAILED|ERROR) ' "$results/$name.log"
     fi
-    printf '%-14s %s\n' "$shard" \
-      "$(grep -E ' (passed|failed|error)|SUMMARY' "$results/$shard.log" | tail -2 | paste -sd ' ')"
+    printf '%-14s %s\n' "$name" \
+      "$(grep -E ' (passed|failed|failures|error)|SUMMARY' "$results/$name.log" | tail -2 | paste -sd ' ')"
   done
+  pids=()
 }
 
 run_test() {
   deal_tests tests 8 "" || { failed+=(collect) && return; }
   start_tests run_shard tests test
-  finish_tests
+  finish
 }
 
 # On bad pages, tables overrun and every geometry. One cudaMalloc per buffer, for memcheck to see
@@ -126,21 +136,28 @@ run_sanitize() {
     start_tests sanitize_shard kernels "$tool" \
       compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 9
   done
-  finish_tests
+  finish
 }
 
 # Padding between the buffers: without it, the next one may hide that one is overrun.
 run_fuzz() {
+  local name fuzz
   for name in records ragged; do
-    local fuzz=$results/fuzz_$name
-    run "fuzz-$name-build" \
-      nvcc -std=c++17 -O2 -arch=native -lineinfo -Iffi "tests/fuzz_$name.cu" -o "$fuzz"
-    run "fuzz-$name-plain" "$fuzz" 5000
-    run "fuzz-$name-memcheck" \
+    start "fuzz-$name-build" \
+      nvcc -std=c++17 -O2 -arch=native -lineinfo -Iffi "tests/fuzz_$name.cu" -o "$results/fuzz_$name"
+  done
+  finish
+  for name in records ragged; do
+    fuzz=$results/fuzz_$name
+    start "fuzz-$name-plain" "$fuzz" 5000
+    start "fuzz-$name-memcheck" \
       compute-sanitizer --tool memcheck --padding 8192 --error-exitcode 9 "$fuzz" 5000
-    # One thread initialises a barrier and arrives at it, which the tool takes for its whole warp.
-    run "fuzz-$name-racecheck" \
+    start "fuzz-$name-racecheck" \
       compute-sanitizer --tool racecheck --print-limit 10000 "$fuzz" 300
+  done
+  finish
+  # One thread initialises a barrier and arrives at it, which the tool takes for its whole warp.
+  for name in records ragged; do
     ! grep ' and .* access at ' "$results/fuzz-$name-racecheck.log" | grep -v expect_bytes ||
       failed+=("fuzz-$name-races")
   done
