@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_errors import BF16, F32, OTHER_SHAPES
+from test_records_calls import format_of
 
 from jax_dsv4.compressor import decode_records_of
 from jax_dsv4.records import RECORD_FORMATS
@@ -58,10 +59,6 @@ PART_ATTRIBUTES = {
     "hadamard": False,
     "rounding": np.uint8(0),
 }
-
-
-def format_of(name):
-    return {"format": np.uint8(RECORD_FORMATS.index(name))}
 
 
 def raw_call(changed=None, attributes=None, of_part=None, count=1, results=None, aliased=WRITTEN):

@@ -11,6 +11,7 @@ import pytest
 from checks import COLLECTIVE, Results, arguments, check_results, run, step_of
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from test_errors import spec
 
 from jax_dsv4 import CompressorState, init_state, paged_kv_compress
 
@@ -85,10 +86,6 @@ def test_on_a_mesh_the_groups_of_either_half_are_split(axis_type, mapped):
     program = jax.jit(step, donate_argnums=(2, 3))
     assert not COLLECTIVE.findall(program.lower(*operands).compile().as_text())
     check_results(Results(*map(np.asarray, program(*operands))), want)
-
-
-def spec(*shape, dtype=jnp.float32):
-    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 @pytest.mark.parametrize(

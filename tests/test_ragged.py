@@ -14,6 +14,7 @@ import ragged_batches
 from cases import INT32_MAX, INT32_MIN
 from checks import Results, check_close, check_same_bits
 from ragged_batches import REGIMES, SIZES, call, check, expected, make_batch, run, store_rules
+from test_errors import spec
 
 from jax_dsv4 import (
     CompressorState,
@@ -496,10 +497,6 @@ def test_ragged_windows_are_those_that_end_in_the_new_rows(ratio, overlap):
 
 
 # ----------------------------------------------------------------------------------------- errors
-
-
-def spec(*shape, dtype=jnp.float32):
-    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def good_arguments():
