@@ -13,7 +13,8 @@
 //   - in rows of prefixes a logsumexp is within 2e-5 of max(1, its magnitude), a mean within 2e-5
 //     of the largest kv of its channel in the window;
 //   - values are within 1e-5 of the largest kv of their channel in the window, and for bf16 a
-//     rounding beside; records, of one compressor, in f32, are within what that makes of them;
+//     rounding beside; records, of a compressor or of such a pair as is compiled together, in f32,
+//     are within what that makes of them;
 //   - all bytes of a pool that are no record's are equal.
 // Values that are not finite need only meet others that are not finite, in the same channels.
 // Prints what failed, then JSON lines: how often each kernel ran, what was drawn of each regime,
@@ -89,9 +90,10 @@ struct Case {
   bool has_specials;
   size_t kv_scale, score_kind;
   std::vector<int32_t> lens, cu_q_lens, num_seqs, layers;
-  // Of a batch that ends in records, with a norm or without: their pages. Else 0.
-  int64_t record_page_size = 0, record_max_pages = 0, record_pages = 0;
+  bool ends_in_records;
+  // If so, with a norm or without: their pages.
   bool has_norm;
+  int64_t record_page_size, record_max_pages = 0, record_pages;
   Operand record_tables, norm_weight, records;
   Operand kv_score, new_score, ape, kv, score, tables[2], lens_operand, cu_operand,
       num_seqs_operand, layer_operand, kv_comp;
@@ -103,7 +105,6 @@ struct Case {
   bool is_prefix() const { return format == StateFormat::kPrefix; }
   int64_t num_windows() const { return num_rows / R() + batch; }
   int64_t rows_per_layer() const { return num_pages * page_size; }
-  bool ends_in_records() const { return record_page_size > 0; }
   int64_t record_page_bytes() const { return record_page_size * D() * 4; }
 
   // Of a group, or -1.
@@ -183,13 +184,17 @@ void visit_rows(const Case& c, const Chunk& chunk, Visit&& visit) {
 
 // ------------------------------------------------------------------------------ drawing a case
 
-void draw_shape(Case& c, Draw& draw) {
+void draw_kind(Case& c, Draw& draw) {
   const bool is_long = c.regime == Regime::kLong, is_tiny = c.regime == Regime::kTiny;
   c.selection = draw_selection(draw, draw.between(0, Kinds::kSize - 1));
-  c.selection.out = draw.one_of({DType::kBF16, DType::kF32});
+  c.ends_in_records = draw.chance(0.35);
+  if (!c.ends_in_records) c.selection.out = draw.one_of({DType::kBF16, DType::kF32});
   c.format = c.selection.state == DType::kF32 && draw.chance(0.6) ? StateFormat::kPrefix
                                                                   : StateFormat::kRaw;
   c.groups = is_long || is_tiny || draw.chance(0.6) ? 1 : draw.between(2, 3);
+}
+
+void draw_shape(Case& c, Draw& draw) {
   const auto draw_groups = [&]() -> uint32_t { return draw.chance(0.5) ? c.groups : 1; };
   c.kv_groups = draw_groups(), c.ape_groups = draw_groups(), c.lens_groups = draw_groups();
   c.cu_groups = draw_groups(), c.num_seqs_groups = draw_groups(), c.layer_groups = draw_groups();
@@ -525,7 +530,6 @@ void fill_state(Case& c, Draw& draw) {
 // A page of a request's own for every window that is completed; where there is none, any.
 void fill_records(Case& c, Draw& draw) {
   constexpr int64_t kMostPages = 1 << 10;  // of a table
-  c.selection.out = DType::kF32;
   c.has_norm = draw.chance(0.8);
   c.record_page_size = draw.one_of({1, 2, 3, 8, 64});
   std::map<std::pair<int64_t, int64_t>, int32_t> pages;  // by request of all groups, and entry
@@ -579,13 +583,31 @@ void fill(Case& c, Draw& draw) {
   }
   fill_new_rows(c, draw);
   fill_state(c, draw);
-  if (draw.chance(0.35)) return fill_records(c, draw);
+  if (c.ends_in_records) return fill_records(c, draw);
   const size_t size = c.groups * c.num_windows() * c.D() * size_of(c.selection.out);
   std::memset(c.kv_comp.make<uint8_t>(size), 0xa5, size);
 }
 
+// The indexer beside a main compressor: another one of the same requests, rows and rule.
+void draw_indexer(const Case& main, Case& c, Draw& draw) {
+  c.regime = main.regime, c.selection = main.selection, c.format = main.format;
+  c.selection.head_dim = IndexerKind::kHeadDim;
+  c.ends_in_records = true, c.geometry = main.geometry;
+  c.groups = main.groups, c.batch = main.batch, c.num_rows = main.num_rows;
+  draw_shape(c, draw);
+  c.all = main.all, c.max_rewind = main.max_rewind, c.resume_every = main.resume_every;
+  c.has_num_seqs = main.has_num_seqs, c.has_layer = main.has_layer;
+  c.num_layers = main.num_layers, c.layer_index = main.layer_index;
+  c.lens_groups = main.lens_groups, c.cu_groups = main.cu_groups;
+  c.num_seqs_groups = main.num_seqs_groups, c.layer_groups = main.layer_groups;
+  c.lens = main.lens, c.cu_q_lens = main.cu_q_lens;
+  c.num_seqs = main.num_seqs, c.layers = main.layers;
+  draw_tables(c, draw);
+  fill(c, draw);
+}
+
 // A case of moderate size: one that is too large is drawn again, with fewer rows.
-void draw_case(std::deque<Case>& cases, Draw& draw) {
+void draw_cases(std::deque<Case>& cases, Draw& draw) {
   const auto regime = static_cast<Regime>(draw.between(0, 9));
   const bool is_long = regime == Regime::kLong;
   const int64_t budget = int64_t{draw.chance(0.05) ? 64 : is_long ? 16 : 6} << 20;
@@ -611,6 +633,7 @@ void draw_case(std::deque<Case>& cases, Draw& draw) {
     Case& c = cases.emplace_back();
     c.regime = regime;
     c.batch = batch;
+    draw_kind(c, draw);
     draw_shape(c, draw);
     if (draw.chance(0.6)) {
       c.geometry = c.selection.compress_ratio == 128 ? 0 : draw.between(1, 9);
@@ -623,7 +646,13 @@ void draw_case(std::deque<Case>& cases, Draw& draw) {
     const int64_t state_rows = c.groups * c.num_layers * c.rows_per_layer();
     const int64_t bytes = 2 * state_rows * c.S() * size_of(c.selection.state) +
                           c.kv_groups * c.num_rows * c.row_size * size_of(c.selection.kv_score);
-    if (bytes <= budget || (most == 1 && batch <= 1)) return fill(c, draw);
+    if (bytes <= budget || (most == 1 && batch <= 1)) {
+      fill(c, draw);
+      if (c.ends_in_records && c.selection.is_of(MainKind{}) && draw.chance(0.7)) {
+        draw_indexer(c, draw.chance(0.5) ? cases.emplace_back() : cases.emplace_front(), draw);
+      }
+      return;
+    }
     most = std::max<int64_t>(most * 2 / 3, 1);
     if (!is_long) batch = std::max<int64_t>(batch * 2 / 3, 1);
   }
@@ -636,7 +665,7 @@ std::string describe(const Case& c) {
   };
   out << "  " << kRegimeNames[static_cast<int>(c.regime)] << ": " << name_of(c.selection) << ", "
       << kStateFormatNames[static_cast<int>(c.format)] << ", "
-      << (c.ends_in_records()               ? c.has_norm ? "records, norm" : "records"
+      << (c.ends_in_records                 ? c.has_norm ? "records, norm" : "records"
           : c.selection.out == DType::kBF16 ? "kv_comp bf16"
                                             : "kv_comp f32")
       << ", geometry " << c.geometry << ", groups " << c.groups << ", batch " << c.batch
@@ -1035,33 +1064,55 @@ RecordTarget records_of(Case& c) {
   return t;
 }
 
-const char* launch(Case& c) {
-  const RaggedParams params = params_of(c);
-  if (!c.ends_in_records()) {
-    return launch_ragged(nullptr, params, c.selection, c.format, c.geometry);
+const char* launch(std::deque<Case>& cases) {
+  Case& first = cases.front();
+  if (!first.ends_in_records) {
+    return launch_ragged(nullptr, params_of(first), first.selection, first.format, first.geometry);
   }
-  RaggedRecordsCall call = {c.selection, c.format, RecordFormat::kF32, {params, records_of(c)}};
-  return launch_ragged_records(nullptr, &call, 1, c.geometry);
+  std::vector<RaggedRecordsCall> calls;
+  for (Case& c : cases) {
+    calls.push_back({c.selection, c.format, RecordFormat::kF32, {params_of(c), records_of(c)}});
+  }
+  return launch_ragged_records(nullptr, calls.data(), calls.size(), first.geometry);
+}
+
+void count(const Case& c, bool is_of_pair, const Expected& expected) {
+  const std::string regime = kRegimeNames[static_cast<int>(c.regime)];
+  const std::string geometry = c.geometry < 0 ? "ours" : std::to_string(c.geometry);
+  counts["regime: " + regime].add(expected);
+  counts["kernel: " + name_of(c.selection) + ", " + kStateFormatNames[static_cast<int>(c.format)] +
+         (is_of_pair          ? ", records, a pair"
+          : c.ends_in_records ? ", records"
+                              : "")]
+      .add(expected);
+  counts["geometry: " + geometry].add(expected);
+  counts[c.all                 ? "store_rows: all"
+         : c.resume_every == 0 ? "store_rows: live"
+                               : "store_rows: live, resumes"]
+      .add(expected);
 }
 
 // What is wrong; empty: nothing.
 std::string run(uint64_t seed) {
   Draw draw{std::mt19937_64(seed)};
   std::deque<Case> cases;
-  draw_case(cases, draw);
-  Case& c = cases.front();
-  for (Operand* operand :
-       {&c.kv_score, &c.new_score, &c.ape, &c.kv, &c.score, &c.tables[0], &c.tables[1],
-        &c.lens_operand, &c.cu_operand, &c.num_seqs_operand, &c.layer_operand, &c.kv_comp,
-        &c.record_tables, &c.norm_weight, &c.records}) {
-    operand->upload();
+  draw_cases(cases, draw);
+  std::string title = text_of("case of seed ", seed);
+  for (Case& c : cases) {
+    for (Operand* operand :
+         {&c.kv_score, &c.new_score, &c.ape, &c.kv, &c.score, &c.tables[0], &c.tables[1],
+          &c.lens_operand, &c.cu_operand, &c.num_seqs_operand, &c.layer_operand, &c.kv_comp,
+          &c.record_tables, &c.norm_weight, &c.records}) {
+      operand->upload();
+    }
+    title += "\n" + describe(c);
   }
-  const std::string title = text_of("case of seed ", seed, "\n", describe(c));
-  const char* const problem = launch(c);
+  const char* const problem = launch(cases);
   const cudaError_t status = cudaGetLastError();
   if (status != cudaSuccess) stop(text_of(title, "\n  launch: ", cudaGetErrorString(status)));
-  const bool is_long = c.selection.compress_ratio == 128;
-  const bool is_refused = is_long ? c.geometry > 0 : c.geometry == 0 || c.geometry > 1024;
+  const Case& first = cases.front();
+  const int64_t geometry = first.geometry;
+  const bool is_refused = first.R() == 128 ? geometry > 0 : geometry == 0 || geometry > 1024;
   if (is_refused != (problem != nullptr)) {
     return text_of(title, "\n  launch: ", problem == nullptr ? "accepted" : problem);
   }
@@ -1070,24 +1121,19 @@ std::string run(uint64_t seed) {
     ++counts["refused"].calls;
     return "";
   }
-  const Expected expected = expect(c);
+  std::vector<Expected> expected;
+  for (Case& c : cases) expected.push_back(expect(c));
   wait(title);
-  const std::string regime = kRegimeNames[static_cast<int>(c.regime)];
-  const std::string geometry = c.geometry < 0 ? "ours" : std::to_string(c.geometry);
-  counts["regime: " + regime].add(expected);
-  counts["kernel: " + name_of(c.selection) + ", " + kStateFormatNames[static_cast<int>(c.format)] +
-         (c.ends_in_records() ? ", records" : "")]
-      .add(expected);
-  counts["geometry: " + geometry].add(expected);
-  counts[c.all                 ? "store_rows: all"
-         : c.resume_every == 0 ? "store_rows: live"
-                               : "store_rows: live, resumes"]
-      .add(expected);
-  std::string found =
-      c.ends_in_records() ? compare_records(c, expected) : compare_values(c, expected);
-  if (found.empty()) found = compare_state(c, false, expected);
-  if (found.empty()) found = compare_state(c, true, expected);
-  return found.empty() ? "" : text_of(title, "\n  ", found);
+  for (size_t i = 0; i < cases.size(); ++i) {
+    Case& c = cases[i];
+    count(c, cases.size() > 1, expected[i]);
+    std::string found =
+        c.ends_in_records ? compare_records(c, expected[i]) : compare_values(c, expected[i]);
+    if (found.empty()) found = compare_state(c, false, expected[i]);
+    if (found.empty()) found = compare_state(c, true, expected[i]);
+    if (!found.empty()) return text_of(title, "\n  ", name_of(c.selection), ": ", found);
+  }
+  return "";
 }
 
 }  // namespace
