@@ -4,6 +4,7 @@ import functools
 import itertools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -151,3 +152,15 @@ def test_a_wrong_argument_is_named(helper, name, value, error):
     good |= {"compress_ratio": 4, "next_n": 1}
     with pytest.raises(error, match=f"^{name}: expected "):
         helper(**good | {name: value})
+
+
+def test_an_exported_call_returns_windows():
+    def call(lens):
+        return completed_windows(lens, compress_ratio=4, next_n=4)
+
+    lens = np.array([8, 13, 0], np.int32)
+    exported = jax.export.export(jax.jit(call))(lens)
+    got, want = jax.export.deserialize(exported.serialize()).call(lens), call(lens)
+    assert type(got) is type(want)
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_array_equal(x, y)
