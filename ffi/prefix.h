@@ -58,7 +58,7 @@ JAX_DSV4_HD Prefix merge(const Prefix& a, const Prefix& b) {
   return {add_log1p(ratio, high), mean};
 }
 
-// merge(Prefix{}, first), to the bit, in a tenth of the instructions.
+// merge(Prefix{}, first), on a CPU to the bit.
 JAX_DSV4_HD Prefix merge_first(const Prefix& first) {
   const float zero_or_nan = 0.0f + 0.0f * max_or_nan(first.lse, -kMaxFloat);
   const float weight = first.lse == kNegInf ? 0.0f : 1.0f;

@@ -316,18 +316,14 @@ def _rows_read(
     return [((tables.shape[0], num_rows, kv.shape[-1]), "float32")] * 2
 
 
-# The rows that a raw state of f32 still needs. An operation of no kernel, for all its transforms:
-# of indexing with arrays that only some meshes split, JAX refuses most forms.
+# Reads the rows that a raw state of f32 still needs. It has no kernel, and is an operation for the
+# sake of meshes: JAX refuses to index an array by another one if only one of them is split.
 _READ = _op.Operation(
     name="raw_to_prefix",
     target="",
-    operands=(
-        Operand("state.kv", 3, of_layers=True),
-        Operand("state.score", 3, of_layers=True),
-        Operand("kv_tables", 2),
-        Operand("score_tables", 2),
-        Operand("kv_lens", 1),
-        Operand("layer", 1),
+    operands=tuple(
+        dataclasses.replace(DECODE[name], written=False)
+        for name in ("state.kv", "state.score", "kv_tables", "score_tables", "kv_lens", "layer")
     ),
     groups="kv_lens",
     results=_rows_read,
