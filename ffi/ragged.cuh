@@ -22,6 +22,7 @@
 
 #include "ragged_long.cuh"
 #include "ragged_short.cuh"
+#include "ragged_wide.cuh"
 
 namespace jax_dsv4 {
 

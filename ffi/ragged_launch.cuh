@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "config.h"
 #include "launch.cuh"
@@ -22,7 +23,9 @@ inline constexpr const char* kTooManyRows =
     "kv_score, cu_q_lens: too many rows, requests or groups for one launch";
 inline constexpr int64_t kMostSlotsOfWalker = 1024;
 inline constexpr const char* kWrongRaggedGeometry =
-    "geometry: expected -1, or 0 for long windows, or 1 to 1024 slots of a walker for short ones";
+    "geometry: expected -1; or for long windows 0, or 2 or 4 row groups; or for short ones 1 to "
+    "1024 "
+    "slots of a walker";
 
 // How many slots each walker has, of a call that takes so many threads with one slot each: so many
 // that no more CTAs of walkers are on an SM than is best (tuning.h).
@@ -36,15 +39,46 @@ int64_t slots_of_walker(int64_t threads, const StoreRule& rule) {
   return std::clamp<int64_t>((threads + at_once - 1) / at_once, 1, kMostSlotsOfWalker);
 }
 
-// Calls visit(Body, params) for the kernel of a call; `geometry`: so many slots of a walker for
-// short windows, or our choice where it is negative. Returns what is wrong, or what `visit`
-// returns.
+// Whether CTAs with all channels of a window of many rows are compiled: with two row groups, and
+// where they end in records with four, too.
+template <class Config>
+inline constexpr bool kHasWide = Config::kHeadDim >= 512;
+
+// Of long windows: how many row groups share one, in a CTA that has all of its channels; or 0,
+// where CTAs have a slice of them. Measured (benchmarks/notes.md): where windows are few, slices
+// are on more SMs; where all rows of raw states are stored, nothing else counts; and values need no
+// cluster, so that they take slices, too, where a last turn of windows would leave SMs without one.
+template <class Config, StateFormat kFormat, bool kRecords>
+int row_groups_of(const RaggedParams& p) {
+  if (!kHasWide<Config> || (kFormat == StateFormat::kRaw && p.rule.all)) return 0;
+  const int64_t windows = int64_t{p.num_groups} * (p.next_n / Config::kRatio);  // or a few more
+  const int64_t sms = std::max(device_attribute(cudaDevAttrMultiProcessorCount), 1);
+  if (kRecords) return windows > sms ? 2 : 3 * windows > 2 * sms ? 4 : 0;
+  const int64_t at_once = WideTile<Config, 2>::kMinCtas * sms;
+  const int64_t last_turn = windows % at_once;
+  return windows > 0 && (last_turn == 0 || 4 * last_turn > 3 * at_once) ? 2 : 0;
+}
+
+// Calls visit(Body, params) for the kernel of a call; `geometry`: as row_groups_of for long
+// windows, so many slots of a walker for short ones, or our choice where it is negative. Returns
+// what is wrong, or what `visit` returns.
 template <class Config, StateFormat kFormat, bool kRecords, class Visit>
 const char* visit_ragged_body(const RaggedParams& p, const ResultOf<kRecords>& result,
                               int64_t geometry, Visit&& visit) {
   if constexpr (Config::kReducedRows > 32) {
+    if (geometry < 0) geometry = row_groups_of<Config, kFormat, kRecords>(p);
+    if constexpr (kHasWide<Config>) {
+      const auto visit_wide = [&](auto row_groups) {
+        using Body = RaggedWide<Config, kFormat, kRecords, row_groups>;
+        return visit(Body{}, typename Body::Params(p, result));
+      };
+      if (geometry == 2) return visit_wide(std::integral_constant<int, 2>{});
+      if constexpr (kRecords) {
+        if (geometry == 4) return visit_wide(std::integral_constant<int, 4>{});
+      }
+    }
+    if (geometry != 0) return kWrongRaggedGeometry;
     using Body = RaggedLong<Config, kFormat, kRecords>;
-    if (geometry > 0) return kWrongRaggedGeometry;
     const bool has_clusters = !kRecords || Body::T::kSlices == 1 || jax_dsv4::has_clusters();
     return visit(Body{}, typename Body::Params(p, result, has_clusters ? 1 : Body::T::kSlices));
   } else {

@@ -193,7 +193,7 @@ struct LongWindow {
     Prefix prefix[kVector];
 #pragma unroll
     for (int v = 0; v < kVector; ++v) prefix[v] = prefix_of(open, v);
-    own.store_prefixes(fetch, 0, counted, stored, first_open, prefix);
+    own.store_prefixes(fetch, 0, counted, stored, stored, first_open, prefix);
     __syncthreads();  // all reads, before other partial results take the same memory
   }
 };

@@ -360,8 +360,12 @@ struct Neighbours {
         base(base),
         first_new(min(max(rows.start - base, 0), kRows)),
         end(min(max(rows.length - base, 0), kRows)),
-        one_page(rows.p.paging.page_size.value % kRows == 0) {}
+        one_page(fits_pages(rows.p.paging)) {}
 
+  // Whether neighbours are always on one page.
+  static __device__ __forceinline__ bool fits_pages(const Paging& paging) {
+    return paging.page_size.value % kRows == 0;
+  }
   // Before anything else that asks for their places.
   __device__ __forceinline__ void find_places() {
     if (one_page && end > 0) first = rows.find(base);
@@ -495,17 +499,17 @@ struct Neighbours {
       }
     }
   }
-  // On a state of prefixes: merges the rows that count, from `first_open` on, into the prefix
-  // before them, and stores it as the rows that are stored.
+  // On a state of prefixes: merges the rows that count, from `first_open` up to the last one of the
+  // bits in `merged`, into the prefix before them, and stores it as the rows that are stored.
   template <class Fetch>
   __device__ __forceinline__ void store_prefixes(Fetch&& fetch, int half, uint32_t counted,
-                                                 uint32_t stored, int first_open,
+                                                 uint32_t stored, uint32_t merged, int first_open,
                                                  Prefix (&open)[kRaggedVector]) const {
-    if (stored == 0) return;
+    if (merged == 0) return;
     auto next = fetch(first_open, true);
     auto next_bias = bias_at(first_open, half);
 #pragma unroll 1
-    for (int j = first_open; stored >> j != 0; ++j) {
+    for (int j = first_open; merged >> j != 0; ++j) {
       Stored row = rows.as_stored(next, next_bias);
       next = fetch(min(j + 1, end - 1), j + 1 < end);
       next_bias = bias_at(min(j + 1, end - 1), half);

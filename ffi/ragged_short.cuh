@@ -233,7 +233,7 @@ struct ShortWindows {
     }
     own.template add_new<R>(fetch, half, counted, stored, partial, [](int) {});
     if constexpr (kFormat == StateFormat::kPrefix) {
-      own.store_prefixes(fetch, half, counted, stored, own.first_new, open);
+      own.store_prefixes(fetch, half, counted, stored, stored, own.first_new, open);
     }
   }
 };

@@ -637,7 +637,8 @@ void draw_cases(std::deque<Case>& cases, Draw& draw) {
     draw_kind(c, draw);
     draw_shape(c, draw);
     if (draw.chance(0.6)) {
-      c.geometry = c.selection.compress_ratio == 128 ? 0 : draw.between(1, 9);
+      c.geometry =
+          c.selection.compress_ratio == 128 ? draw.one_of<int64_t>({0, 2, 4}) : draw.between(1, 9);
     } else if (draw.chance(0.03)) {  // there is none
       c.geometry = draw.one_of<int64_t>({c.selection.compress_ratio == 128, 1025, INT64_MAX});
     }
@@ -1113,7 +1114,11 @@ std::string run(uint64_t seed) {
   if (status != cudaSuccess) stop(text_of(title, "\n  launch: ", cudaGetErrorString(status)));
   const Case& first = cases.front();
   const int64_t geometry = first.geometry;
-  const bool is_refused = first.R() == 128 ? geometry > 0 : geometry == 0 || geometry > 1024;
+  const bool is_refused =
+      first.R() != 128
+          ? geometry == 0 || geometry > 1024
+          : geometry > 0 &&
+                !(first.D() == 512 && (geometry == 2 || (geometry == 4 && first.ends_in_records)));
   if (is_refused != (problem != nullptr)) {
     return text_of(title, "\n  launch: ", problem == nullptr ? "accepted" : problem);
   }
