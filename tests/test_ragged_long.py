@@ -18,7 +18,7 @@ in_formats = pytest.mark.parametrize("state_format", ("raw", "prefix"))
 @pytest.mark.parametrize("geometry", (0, 2))
 @pytest.mark.parametrize("rule", range(3), ids=("all", "live", "live, resume"))
 @in_formats
-def test_every_geometry_agrees_with_float64(state_format, rule, geometry, gpu):
+def test_each_kernel_agrees_with_float64(state_format, rule, geometry, gpu):
     rule = store_rules(LONG.kind)[rule]
     for seed, regime in enumerate(REGIMES):
         batch = make_batch(LONG, DTYPES, regime, seed)
