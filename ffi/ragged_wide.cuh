@@ -70,9 +70,7 @@ struct WideWindow {
         return add_whole<true>(base);
       }
     }
-    // On a raw state the new rows of a window that is left open are stored, and no more.
-    const bool needs_old = kFormat == StateFormat::kPrefix || window < rows.r.end_window;
-    const bool has_old = needs_old && window * R < rows.start;
+    const bool has_old = window * R < rows.start;
     if (kFormat == StateFormat::kPrefix && has_old && row_group == 0) {
       const auto row = rows.load_row(rows.find(rows.start - 1), 0);  // it stands for all of them
       Own::template add<1>(&row, partial);
@@ -97,6 +95,36 @@ struct WideWindow {
     }
     if constexpr (kFormat == StateFormat::kPrefix) {
       if (may_store) store_prefixes(base, open);
+    }
+  }
+
+  // The same of a window that is left open: on a raw state its rows are stored, and no more.
+  __device__ __forceinline__ void store_rows(int32_t window) {
+    if constexpr (kFormat == StateFormat::kPrefix) return add_rows(window);
+    constexpr int kAtOnce = 8;
+#pragma unroll 1
+    for (int first = 0; first < T::kRows; first += T::kBlockRows) {
+      const int row = row_group * T::kRows + first;
+      Own own(rows, window * R + row);
+      if (!own.has_new()) continue;
+      own.find_places();
+      const uint32_t stored = own.stored();
+      const auto fetch = fetch_from(own.base);
+#pragma unroll 1
+      for (int from = 0; from < T::kBlockRows; from += kAtOnce) {
+        typename Rows::Projected loaded[kAtOnce];
+        typename Rows::Bias biases[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) loaded[j] = fetch(from + j, stored >> (from + j) & 1);
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) biases[j] = rows.bias_at(row + from + j, 0);
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          if (stored >> (from + j) & 1) {
+            rows.store_row(own.place_of(from + j), 0, rows.as_stored(loaded[j], biases[j]));
+          }
+        }
+      }
     }
   }
 
@@ -281,7 +309,7 @@ struct RaggedWide {
     }
     if (!has_end) return;
     __syncthreads();  // all reads, before the shared memory takes another window's
-    Window(smem, rows).add_rows(end);
+    Window(smem, rows).store_rows(end);
   }
 
   template <class Emit>
