@@ -289,6 +289,31 @@ def occupied(engine, tokens):
         group.pages.release(last - i)
 
 
+def engine_without_model(options):
+    """An engine whose every token is 0: for tests of who runs, and of who has which pages."""
+    with jax.default_device(cpu := jax.devices("cpu")[0]):
+        engine = Engine(*tiny(cpu), options)
+    shape = options.batch, options.next_n
+    engine.execute = lambda batch: (np.zeros(shape, np.int32), None)
+    return engine
+
+
+def test_prompts_that_run_do_not_evict_each_others_prefixes_at_every_step():
+    engine = engine_without_model(Options(batch=4, chunk=512, prefixes=2))
+    popular, *others = prompts_of(np.random.default_rng(10), [129] * 4)
+    running = [engine.submit(prompt, 60) for prompt in others]  # more than there are prefixes
+    engine.step()
+    reused = []
+    for _ in range(3):
+        request = engine.submit(popular, 5)
+        while not request.done:
+            engine.step()
+        reused.append(request.reused)
+        engine.step()  # the others go on
+    assert reused == [0, 128, 128]
+    assert {request.status for request in running} == {"running"}
+
+
 def test_where_pages_run_out_requests_wait_and_none_is_wrong(cpu_engine):
     (group,), running = cpu_engine.groups, []
     prompts = prompts_of(np.random.default_rng(6), [100, 110, 120, 90, 200])

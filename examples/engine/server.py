@@ -338,11 +338,12 @@ class Group:
             if request.status != "running" or request.slot != part.slot:  # it was cancelled
                 continue
             known = len(part.tokens) - part.drafts
+            through = request.length < request.prompt <= request.length + known
             request.length += known
             if request.length == len(request.tokens):
                 new[request] = self._accept(part, chosen[part.slot], logits)
             if request.length >= request.prompt:
-                self._cache_prefix(request)
+                self._cache_prefix(request, evict=through)
             if len(request.output) >= request.max_tokens or (
                 self.options.eos is not None and self.options.eos in new.get(request, ())
             ):
@@ -381,14 +382,19 @@ class Group:
             self.prefixes.append(best)
         return best, most
 
-    def _cache_prefix(self, request: Request) -> None:
-        """Keep the pages of a prompt for requests that begin with it."""
+    def _cache_prefix(self, request: Request, *, evict: bool) -> None:
+        """Keep the pages of a prompt for requests that begin with it.
+
+        ``evict``: in place of the least recently used one, where there are as many as there may be.
+        Only the step that completes a prompt may do so: else those that run would evict each other's
+        at every step.
+        """
         every = self.options.resume_every
         tokens = request.tokens[: request.prompt // every * every]
         assert request.slot is not None
         if not tokens or any(prefix.tokens[: len(tokens)] == tokens for prefix in self.prefixes):
             return
-        if len(self.prefixes) == self.options.prefixes and not self._drop_prefix():
+        if len(self.prefixes) == self.options.prefixes and not (evict and self._drop_prefix()):
             return
         first, used = self.options.batch, {prefix.slot for prefix in self.prefixes}
         slot = next(s for s in range(first, first + self.options.prefixes) if s not in used)
