@@ -185,7 +185,9 @@ def test_requests_behind_shared_prefixes_give_the_golden_tokens(run, engine):
 
 
 @both_formats
-def test_records_are_the_golden_ones(run, engine):
+@pytest.mark.parametrize("right", [0.0, 1.0])
+def test_records_are_the_golden_ones(right, run, engine):
+    engine.groups[0].draft = golden.spoilt_drafts(run, np.random.default_rng(0), right)
     assert golden.compare_records(run, engine) < golden.MAX_RECORDS_ERROR
 
 
