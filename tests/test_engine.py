@@ -392,6 +392,12 @@ def test_requests_that_cannot_be_served_are_refused(cpu_engine):
     ):
         with pytest.raises(ValueError, match=text):
             cpu_engine.submit(prompt, max_tokens)
+    for wrong in (2.5, np.float32(2), float("nan"), "2", None):
+        text = re.escape(f": expected an integer, got {wrong!r}")
+        with pytest.raises(TypeError, match=f"^prompt{text}$"):
+            cpu_engine.submit([3, wrong], 1)
+        with pytest.raises(TypeError, match=f"^max_tokens{text}$"):
+            cpu_engine.submit([3], wrong)
     config, params = cpu_engine.config, cpu_engine.params
     for options, text in (
         (Options(max_len=513), "max_len: expected at most 512, .* got 513"),
@@ -400,6 +406,17 @@ def test_requests_that_cannot_be_served_are_refused(cpu_engine):
     ):
         with pytest.raises(ValueError, match=text):
             Engine(config, params, options)
+
+
+def test_numpys_integers_are_integers_that_do_not_wrap_around():
+    engine = engine_without_model(Options(max_len=300))
+    request = engine.submit(np.arange(200, dtype=np.uint8), np.uint8(60))
+    assert {type(x) for x in (*request.tokens, request.max_tokens)} == {int}
+    with pytest.raises(ValueError, match=r"at most 300 tokens .*, got 200 \+ 200"):
+        engine.submit([1] * 200, np.uint8(200))
+    for _ in engine.run():
+        pass
+    assert request.status == "finished" and len(request.output) == 60
 
 
 # --- Programs ---------------------------------------------------------------------------------

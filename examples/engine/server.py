@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -49,6 +50,14 @@ def look_up(tokens: Sequence[int], most: int, *, ngram: int = 2) -> Sequence[int
         if list(tokens[end - ngram : end]) == key:
             return tokens[end : end + most]
     return ()
+
+
+def as_integer(name: str, value: Any) -> int:
+    """An integer, NumPy's too, as Python's, which does not wrap around."""
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name}: expected an integer, got {value!r}") from error
 
 
 @dataclasses.dataclass(eq=False)
@@ -516,9 +525,11 @@ class Engine:
         """A new request; it waits until there is a slot and pages for it.
 
         Raises:
-          ValueError: the prompt is empty, has a token outside the vocabulary, or is too long.
+          ValueError: the prompt is empty, has a token outside the vocabulary, or is too long; or
+            no token shall follow.
+          TypeError: a token, or ``max_tokens``, is no integer.
         """
-        tokens = [int(token) for token in prompt]
+        tokens = [as_integer("prompt", token) for token in prompt]
         if not tokens:
             raise ValueError("prompt: expected at least one token, got none")
         for token in tokens:
@@ -526,6 +537,7 @@ class Engine:
                 raise ValueError(
                     f"prompt: expected tokens in 0...{self.config.vocab_size - 1}, got {token}"
                 )
+        max_tokens = as_integer("max_tokens", max_tokens)
         if max_tokens < 1:
             raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
         if len(tokens) + max_tokens > self.options.max_len:
