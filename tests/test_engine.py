@@ -300,6 +300,16 @@ def engine_without_model(options):
     return engine
 
 
+@pytest.mark.parametrize("max_len, page_tokens", [(130, 128), (300, 256)])
+def test_the_pools_hold_a_batch_of_the_longest_requests(max_len, page_tokens):
+    options = Options(max_len=max_len, page_tokens=page_tokens, resume_every=page_tokens)
+    assert options.sizes().record_pages == options.batch * 2
+    engine = engine_without_model(options)
+    prompts = prompts_of(np.random.default_rng(11), [max_len - 10] * options.batch)
+    for request in engine.generate(prompts, 10):
+        assert request.status == "finished" and request.preempted == 0
+
+
 def test_prompts_that_run_do_not_evict_each_others_prefixes_at_every_step():
     engine = engine_without_model(Options(batch=4, chunk=512, prefixes=2))
     popular, *others = prompts_of(np.random.default_rng(10), [129] * 4)

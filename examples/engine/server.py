@@ -99,7 +99,7 @@ class Options(NamedTuple):
     prefixes: int = 4  # cached at a time, per group
     page_tokens: int = 128  # a multiple of 128, so that a page holds whole records
     state_rows: int = 8  # of a page of a state
-    pool_tokens: int | None = None  # that pages are there for; None: batch * max_len
+    pool_tokens: int | None = None  # that pages are there for; None: batch requests of max_len
     state_format: str = "raw"
     record_formats: tuple[str, str] = ("f32", "f32")  # of main compressors, and of indexers
     dtype: Any = jnp.float32  # of the sliding window's rows
@@ -121,7 +121,8 @@ class Options(NamedTuple):
 
     def sizes(self) -> Sizes:
         """Pages of the caches: of states few, and one for each end of a prefix."""
-        tokens = self.pool_tokens or self.batch * self.max_len
+        longest = -(-self.max_len // self.page_tokens) * self.page_tokens  # on pages of its own
+        tokens = self.batch * longest if self.pool_tokens is None else self.pool_tokens
         slots = self.batch + self.prefixes
 
         def state_pages(ratio: int) -> int:
