@@ -339,6 +339,22 @@ def test_where_pages_run_out_requests_wait_and_none_is_wrong(cpu_engine):
         assert_greedy(request, whole_of(jax.config.jax_default_device))
 
 
+@pytest.mark.parametrize("chunk, pool_tokens", [(512, 512), (64, 640)])
+def test_reused_says_what_the_last_admission_found(chunk, pool_tokens):
+    """First a prefix is found but no pages; or it is found, and gone when the request is back."""
+    engine = engine_without_model(Options(batch=2, chunk=chunk, pool_tokens=pool_tokens))
+    prefix, other, end = prompts_of(np.random.default_rng(12), [128, 300, 200])
+    engine.generate([[*prefix, 1]], 1)
+    first, second = engine.submit(other, 200), engine.submit(prefix + end, 150)
+    while not second.preempted and second.status != "finished":
+        assert second.reused == 128 * (chunk == 64 and second.status == "running")
+        engine.step()
+    for _ in engine.run():
+        pass
+    assert [request.status for request in (first, second)] == ["finished"] * 2
+    assert (second.preempted, second.reused) == (chunk == 64, 0)
+
+
 def test_a_request_larger_than_the_pools_fails_and_no_other_one_does(cpu_engine):
     lengths = [50, 250, 300, 60]
     prompts = prompts_of(np.random.default_rng(7), lengths)

@@ -71,7 +71,7 @@ class Request:
     slot: int | None = None  # of the batch, while it runs
     status: str = "waiting"  # then "running", and "finished", "cancelled" or "failed"
     error: str = ""  # why it failed
-    reused: int = 0  # tokens of a prefix that was cached
+    reused: int = 0  # tokens of the cached prefix that it began behind when it was last let in
     preempted: int = 0  # how often it had to give its pages back
     arrival: float = 0.0
     first_token: float = 0.0
@@ -229,11 +229,10 @@ class Group:
         free = [slot for slot in range(options.batch) if slot not in used]
         if not free or (self.full and self.running):
             return False
-        request.slot, request.length = free[0], 0
         prefix, length = self._find_prefix(request)
+        request.slot, request.length = free[0], length
         if prefix:
             self.pages.share(request.slot, prefix.slot, length)
-            request.length = request.reused = length
         n = min(len(request.tokens) - request.length, options.chunk)
         while True:
             try:
@@ -249,7 +248,7 @@ class Group:
                     request.status, request.error = "failed", f"larger than the pools: {error}"
                     return True
                 return False
-            request.status = "running"
+            request.status, request.reused = "running", length
             self.running.append(request)
             return True
 
