@@ -23,7 +23,7 @@ import pytest
 from examples.engine import __main__ as command_line
 from examples.engine import golden, measure
 from examples.engine.model import CSA, Batch, Sizes, Tables, forward, init_caches
-from examples.engine.server import Engine, Options, look_up, no_draft
+from examples.engine.server import Engine, Options, Pages, look_up, no_draft
 from examples.engine.weights import (
     TINY,
     list_shapes,
@@ -31,6 +31,7 @@ from examples.engine.weights import (
     load_tiny,
     make_random,
 )
+from jax_dsv4 import OutOfPages
 
 SIZES = Sizes(
     128, 8, 3, 38, 38, 3
@@ -364,11 +365,21 @@ def test_a_request_larger_than_the_pools_fails_and_no_other_one_does(cpu_engine)
             pass
     for request in (grows, large):
         assert request.status == "failed" and request.slot is None
-        assert re.match("larger than the pools: slot .* are free", request.error)
+        assert re.match("larger than the pools: window: slot .* are free", request.error)
     assert len(grows.output) < 9 and not large.output
     for request in (small, other):
         assert_greedy(request, whole_of(jax.config.jax_default_device))
     assert all(request.done for request in requests)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_where_pages_are_missing_the_pool_is_named(place):
+    pages = Pages(Options())
+    pool, name = pages.all[place], Tables._fields[place]
+    assert name in ("window", "csa", "hca", "records")
+    pool._free.clear()
+    with pytest.raises(OutOfPages, match=f"^{name}: slot 0 needs .* are free$"):
+        pages.hold(0, 0, 8, decodes=True)
 
 
 def test_a_request_may_be_cancelled_at_any_time(cpu_engine):

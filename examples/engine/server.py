@@ -169,10 +169,13 @@ class Pages:
 
     def hold(self, slot: int, length: int, n: int, *, decodes: bool) -> None:
         """Pages for a step of ``n`` rows. After ``OutOfPages`` some of them are there."""
-        for pool in self.all:
+        for name, pool in zip(Tables._fields, self.all, strict=True):
             # What stores live rows only, and so needs pages for no others, is ragged_records.
             only_live = pool in self.states and not decodes
-            pool.hold(slot, length, n, self.options.drafts if only_live else None)
+            try:
+                pool.hold(slot, length, n, self.options.drafts if only_live else None)
+            except OutOfPages as error:
+                raise OutOfPages(f"{name}: {error}") from error
 
     def share(self, slot: int, source: int, length: int) -> None:
         """A slot's request begins with another's first ``length`` tokens."""
