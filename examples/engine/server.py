@@ -527,6 +527,8 @@ class Engine:
     def submit(self, prompt: Sequence[int], max_tokens: int, *, logits: bool = False) -> Request:
         """A new request; it waits until there is a slot and pages for it.
 
+        For the thread that calls ``step``: other threads hand prompts over to it, in a queue.
+
         Raises:
           ValueError: the prompt is empty, has a token outside the vocabulary, or is too long; or
             no token shall follow.
@@ -554,7 +556,10 @@ class Engine:
         return request
 
     def cancel(self, request: Request) -> None:
-        """Drop a request at any time; what a step under way brings for it is not looked at."""
+        """Drop a request at any time; what a step under way brings for it is not looked at.
+
+        For the thread that calls ``step``, as ``submit``.
+        """
         if request in self.waiting:
             self.waiting.remove(request)
             request.status = "cancelled"
