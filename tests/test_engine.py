@@ -23,7 +23,7 @@ import pytest
 from examples.engine import __main__ as command_line
 from examples.engine import golden, measure
 from examples.engine.model import CSA, Batch, Sizes, Tables, forward, init_caches
-from examples.engine.server import Engine, Options, Pages, look_up, no_draft
+from examples.engine.server import LEAST, Engine, Options, Pages, look_up, no_draft
 from examples.engine.weights import (
     TINY,
     list_shapes,
@@ -443,6 +443,15 @@ def test_requests_that_cannot_be_served_are_refused(cpu_engine):
     ):
         with pytest.raises(ValueError, match=text):
             Engine(config, params, options)
+    for name, least in LEAST.items():
+        with pytest.raises(
+            ValueError, match=f"^{name}: expected at least {least}, got {least - 1}"
+        ):
+            Engine(config, params, Options(**{name: least - 1}))
+        with pytest.raises(TypeError, match=f"^{name}: expected an integer, got 2.5"):
+            Engine(config, params, Options(**{name: 2.5}))
+    with pytest.raises(ValueError, match="^groups: expected at least 1, got 0"):
+        Engine(config, params, groups=0)
 
 
 def test_numpys_integers_are_integers_that_do_not_wrap_around():
@@ -668,6 +677,33 @@ def test_the_command_streams_tokens_and_writes_a_profile_that_names_our_calls(
     names = {event.get("name") for event in events}
     for call in ("decode_records", "ragged_records"):
         assert {f"jax_dsv4.{call} (layer {i})" for i in (1, 2, 3)} <= names
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        ("--max-len 64", "--max-len: expected more than --max-tokens = 64, got 64"),
+        ("--prompt-tokens 0", "--prompt-tokens: expected at least 1, got 0"),
+        ("--max-tokens 0", "--max-tokens: expected at least 1, got 0"),
+        ("--batch 0", "--batch: expected at least 1, got 0"),
+        ("--chunk 0", "--chunk: expected at least 1, got 0"),
+        ("--drafts -1", "--drafts: expected at least 0, got -1"),
+        ("--groups 0", "--groups: expected at least 1, got 0"),
+        ("--chunk few", "--chunk: invalid integer value: 'few'"),
+    ],
+)
+def test_the_command_names_a_wrong_argument(arguments, text, capsys):
+    with pytest.raises(SystemExit) as info:
+        command_line.main(arguments.split())
+    assert info.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: argument {text}\n")
+
+
+@pytest.mark.parametrize("max_len", [2, 20])
+def test_a_profile_has_requests_no_longer_than_the_longest(max_len, tmp_path):
+    engine = engine_without_model(Options(max_len=max_len))
+    assert measure.write_trace(engine, str(tmp_path)).exists()
+    assert engine.stats.steps > 0
 
 
 def test_the_benchmark_runs(capsys, monkeypatch):

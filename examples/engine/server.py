@@ -139,6 +139,17 @@ class Options(NamedTuple):
 
 
 DEFAULTS = Options()
+LEAST = {  # of the numbers among them
+    "batch": 1,
+    "max_len": 2,  # a token, and one that follows
+    "chunk": 1,
+    "drafts": 0,
+    "resume_every": 1,
+    "prefixes": 0,
+    "page_tokens": 1,
+    "state_rows": 1,
+    "pool_tokens": 1,
+}
 
 
 class Pages:
@@ -459,7 +470,17 @@ class Engine:
         draft: Draft = no_draft,
         groups: int | None = None,
     ):
-        """Compile nothing yet: ``warm_up`` does, or the first step of each shape."""
+        """Compile nothing yet: ``warm_up`` does, or the first step of each shape.
+
+        Raises:
+          ValueError, TypeError: an option is out of range or no integer; the text names it.
+        """
+        numbers = options._asdict() | {"groups": groups}
+        for name, least in (LEAST | {"groups": 1}).items():
+            if name in ("pool_tokens", "groups") and numbers[name] is None:
+                continue
+            if as_integer(name, numbers[name]) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {numbers[name]}")
         if options.page_tokens % HCA or options.resume_every % options.page_tokens:
             raise ValueError(
                 "page_tokens, resume_every: expected a multiple of 128, and a multiple of that, "
