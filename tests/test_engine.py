@@ -627,6 +627,16 @@ def test_a_checkpoint_that_is_none_is_refused(tmp_path, monkeypatch):
         load(config=hf | {"model_type": "llama"})
     with pytest.raises(ValueError, match="expected layer_types or compress_ratios, got neither"):
         load(config={k: v for k, v in hf.items() if k != "compress_ratios"})
+    for field, entries in (
+        ("layer_types", ["sliding_attention", "heavily_compressed_attention"] * 2),
+        ("compress_ratios", hf["compress_ratios"]),
+    ):
+        text = f"config.json: {field}: expected num_hidden_layers = 4 entries, got 3"
+        with pytest.raises(ValueError, match=text):
+            load(config=hf | {field: entries[:3]})
+        text = f"config.json: {field}: expected one of .*, got 'full_attention'"
+        with pytest.raises(ValueError, match=text):
+            load(config=hf | {field: [*entries[:3], "full_attention"]})
     some = {n: w for n, w in weights.items() if not n.endswith("wq_a.weight")}
     with pytest.raises(KeyError, match=r"no weight layers\.0\.self_attn\.q_a_proj\.weight"):
         load(some)
