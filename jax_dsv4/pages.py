@@ -205,8 +205,8 @@ class _Slot:
     """What a pool knows of a slot."""
 
     pages: dict[int, int] = dataclasses.field(default_factory=dict)  # logical -> physical
-    # Those that stay: of multiples up to `length`, and those that other slots share. And the others:
-    # of the step, which ends at `end`. Apart, so that a step takes no time for each page of a long
+    # Those that stay: of multiples up to `length`, and what other slots share. And the others: of
+    # the step, which ends at `end`. Apart, so that a step takes no time for each page of a long
     # prefix.
     resumable: set[int] = dataclasses.field(default_factory=set)
     passing: set[int] = dataclasses.field(default_factory=set)
@@ -319,8 +319,8 @@ class PagePool:
         layout, state = self._layout, self._slots[slot]
         if length < state.length:
             raise ValueError(
-                f"length: expected at least {state.length}, as in the last step of slot {slot}, got "
-                f"{length}: release the slot before its next request"
+                f"length: expected at least {state.length}, as in the last step of slot {slot}, "
+                f"got {length}: release the slot before its next request"
             )
         resumable = layout.resume_pages(state.length, length, self.resume_every)
         needed = layout.step_pages(length, next_n, max_rewind) | resumable

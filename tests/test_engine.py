@@ -450,7 +450,7 @@ def test_requests_that_cannot_be_served_are_refused(cpu_engine):
             Engine(config, params, Options(**{name: least - 1}))
         with pytest.raises(TypeError, match=f"^{name}: expected an integer, got 2.5"):
             Engine(config, params, Options(**{name: 2.5}))
-    with pytest.raises(ValueError, match="^groups: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"^groups: expected at least 1, got 0"):
         Engine(config, params, groups=0)
 
 

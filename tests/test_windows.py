@@ -124,7 +124,7 @@ def test_lengths_may_be_empty_lists():
         assert completed_windows(kv_lens, **options).window.shape == (0, 2)
         got = ragged_windows([0], kv_lens, num_rows=9, compress_ratio=4)
         assert [x.tolist() for x in got] == [[-1, -1]] * 2
-    with pytest.raises(TypeError, match="^kv_lens: expected int32, got float32"):
+    with pytest.raises(TypeError, match=r"^kv_lens: expected int32, got float32"):
         num_compressed([none.astype(np.float32)], compress_ratio=4, next_n=5)
     with pytest.raises(ValueError, match=r"^kv_lens: expected shape \[B\], got \[1, 0\]"):
         num_compressed([[]], compress_ratio=4, next_n=5)

@@ -409,8 +409,8 @@ class Group:
         """Keep the pages of a prompt for requests that begin with it.
 
         ``evict``: in place of the least recently used one, where there are as many as there may be.
-        Only the step that completes a prompt may do so: else those that run would evict each other's
-        at every step.
+        Only the step that completes a prompt may do so: else prompts that run would evict each
+        other's at every step.
         """
         every = self.options.resume_every
         tokens = request.tokens[: request.prompt // every * every]
