@@ -87,6 +87,8 @@ def array(name: str, x: Any, dtypes: Sequence[str], *shape: int | str) -> Array:
             wrong = [leaf for leaf in jax.tree.leaves(x) if _is_array_but_of(leaf, dtypes)]
             with jax.enable_x64(False):
                 given = wrong[0] if wrong else jnp.asarray(x)
+            if not (wrong or given.dtype.name in dtypes or given.size):
+                given = given.astype(dtypes[0])  # an empty list has no number that says its type
         dtype = _dtype_name(given.dtype)
     except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(

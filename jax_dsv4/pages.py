@@ -205,8 +205,9 @@ class _Slot:
     """What a pool knows of a slot."""
 
     pages: dict[int, int] = dataclasses.field(default_factory=dict)  # logical -> physical
-    # Those of multiples up to `length`, which stay, and the others: of the step, which ends at
-    # `end`. Apart, so that a step takes no time for each page of a long prefix.
+    # Those that stay: of multiples up to `length`, and what other slots share. And the others: of
+    # the step, which ends at `end`. Apart, so that a step takes no time for each page of a long
+    # prefix.
     resumable: set[int] = dataclasses.field(default_factory=set)
     passing: set[int] = dataclasses.field(default_factory=set)
     length: int = 0
@@ -302,8 +303,8 @@ class PagePool:
 
         Raises:
           OutOfPages: fewer are free than needed. Release another slot, and try again.
-          ValueError, TypeError: an argument is out of range or no integer, or the step ends past
-            ``max_pages``; the text names it.
+          ValueError, TypeError: an argument is out of range or no integer, ``length`` is less than
+            in the slot's last step, or the step ends past ``max_pages``; the text names it.
 
         After an error the pool is as it was.
         """
@@ -316,6 +317,11 @@ class PagePool:
                 f"got {length} + {next_n}"
             )
         layout, state = self._layout, self._slots[slot]
+        if length < state.length:
+            raise ValueError(
+                f"length: expected at least {state.length}, as in the last step of slot {slot}, "
+                f"got {length}: release the slot before its next request"
+            )
         resumable = layout.resume_pages(state.length, length, self.resume_every)
         needed = layout.step_pages(length, next_n, max_rewind) | resumable
         needed |= layout.resume_pages(length, end, self.resume_every)
@@ -372,6 +378,9 @@ class PagePool:
         for page in shared:
             self._take(slot, page, other.pages[page])
         state.resumable, state.length, state.end = shared, length, length
+        # These stay with the other slot, too, even if its step is held again with fewer rows.
+        other.resumable |= shared
+        other.passing -= shared
 
     def release(self, slot: int) -> None:
         """Give back all pages of a slot, whose request has finished or was preempted.

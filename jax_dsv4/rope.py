@@ -134,7 +134,8 @@ def _check_rope_dim(config: Any, name: str, parameters: Mapping[str, Any]) -> No
 
 
 def _checked_type(name: str, parameters: Mapping[str, Any]) -> str:
-    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
+    given = (parameters.get(field) for field in ("rope_type", "type"))
+    rope_type = next((value for value in given if value is not None), "default")
     _check.choice(f"{name}.rope_type", rope_type, tuple(_ROPE_FIELDS))
     for field, value in parameters.items():
         if value is not None and field not in _ROPE_FIELDS[rope_type]:

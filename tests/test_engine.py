@@ -23,7 +23,7 @@ import pytest
 from examples.engine import __main__ as command_line
 from examples.engine import golden, measure
 from examples.engine.model import CSA, Batch, Sizes, Tables, forward, init_caches
-from examples.engine.server import Engine, Options, look_up, no_draft
+from examples.engine.server import LEAST, Engine, Options, Pages, look_up, no_draft
 from examples.engine.weights import (
     TINY,
     list_shapes,
@@ -31,6 +31,7 @@ from examples.engine.weights import (
     load_tiny,
     make_random,
 )
+from jax_dsv4 import OutOfPages
 
 SIZES = Sizes(
     128, 8, 3, 38, 38, 3
@@ -185,7 +186,9 @@ def test_requests_behind_shared_prefixes_give_the_golden_tokens(run, engine):
 
 
 @both_formats
-def test_records_are_the_golden_ones(run, engine):
+@pytest.mark.parametrize("right", [0.0, 1.0])
+def test_records_are_the_golden_ones(right, run, engine):
+    engine.groups[0].draft = golden.spoilt_drafts(run, np.random.default_rng(0), right)
     assert golden.compare_records(run, engine) < golden.MAX_RECORDS_ERROR
 
 
@@ -289,6 +292,41 @@ def occupied(engine, tokens):
         group.pages.release(last - i)
 
 
+def engine_without_model(options):
+    """An engine whose every token is 0: for tests of who runs, and of who has which pages."""
+    with jax.default_device(cpu := jax.devices("cpu")[0]):
+        engine = Engine(*tiny(cpu), options)
+    shape = options.batch, options.next_n
+    engine.execute = lambda batch: (np.zeros(shape, np.int32), None)
+    return engine
+
+
+@pytest.mark.parametrize("max_len, page_tokens", [(130, 128), (300, 256)])
+def test_the_pools_hold_a_batch_of_the_longest_requests(max_len, page_tokens):
+    options = Options(max_len=max_len, page_tokens=page_tokens, resume_every=page_tokens)
+    assert options.sizes().record_pages == options.batch * 2
+    engine = engine_without_model(options)
+    prompts = prompts_of(np.random.default_rng(11), [max_len - 10] * options.batch)
+    for request in engine.generate(prompts, 10):
+        assert request.status == "finished" and request.preempted == 0
+
+
+def test_prompts_that_run_do_not_evict_each_others_prefixes_at_every_step():
+    engine = engine_without_model(Options(batch=4, chunk=512, prefixes=2))
+    popular, *others = prompts_of(np.random.default_rng(10), [129] * 4)
+    running = [engine.submit(prompt, 60) for prompt in others]  # more than there are prefixes
+    engine.step()
+    reused = []
+    for _ in range(3):
+        request = engine.submit(popular, 5)
+        while not request.done:
+            engine.step()
+        reused.append(request.reused)
+        engine.step()  # the others go on
+    assert reused == [0, 128, 128]
+    assert {request.status for request in running} == {"running"}
+
+
 def test_where_pages_run_out_requests_wait_and_none_is_wrong(cpu_engine):
     (group,), running = cpu_engine.groups, []
     prompts = prompts_of(np.random.default_rng(6), [100, 110, 120, 90, 200])
@@ -302,6 +340,22 @@ def test_where_pages_run_out_requests_wait_and_none_is_wrong(cpu_engine):
         assert_greedy(request, whole_of(jax.config.jax_default_device))
 
 
+@pytest.mark.parametrize("chunk, pool_tokens", [(512, 512), (64, 640)])
+def test_reused_says_what_the_last_admission_found(chunk, pool_tokens):
+    """First a prefix is found but no pages; or it is found, and gone when the request is back."""
+    engine = engine_without_model(Options(batch=2, chunk=chunk, pool_tokens=pool_tokens))
+    prefix, other, end = prompts_of(np.random.default_rng(12), [128, 300, 200])
+    engine.generate([[*prefix, 1]], 1)
+    first, second = engine.submit(other, 200), engine.submit(prefix + end, 150)
+    while not second.preempted and second.status != "finished":
+        assert second.reused == 128 * (chunk == 64 and second.status == "running")
+        engine.step()
+    for _ in engine.run():
+        pass
+    assert [request.status for request in (first, second)] == ["finished"] * 2
+    assert (second.preempted, second.reused) == (chunk == 64, 0)
+
+
 def test_a_request_larger_than_the_pools_fails_and_no_other_one_does(cpu_engine):
     lengths = [50, 250, 300, 60]
     prompts = prompts_of(np.random.default_rng(7), lengths)
@@ -311,11 +365,21 @@ def test_a_request_larger_than_the_pools_fails_and_no_other_one_does(cpu_engine)
             pass
     for request in (grows, large):
         assert request.status == "failed" and request.slot is None
-        assert re.match("larger than the pools: slot .* are free", request.error)
+        assert re.match("larger than the pools: window: slot .* are free", request.error)
     assert len(grows.output) < 9 and not large.output
     for request in (small, other):
         assert_greedy(request, whole_of(jax.config.jax_default_device))
     assert all(request.done for request in requests)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_where_pages_are_missing_the_pool_is_named(place):
+    pages = Pages(Options())
+    pool, name = pages.all[place], Tables._fields[place]
+    assert name in ("window", "csa", "hca", "records")
+    pool._free.clear()
+    with pytest.raises(OutOfPages, match=f"^{name}: slot 0 needs .* are free$"):
+        pages.hold(0, 0, 8, decodes=True)
 
 
 def test_a_request_may_be_cancelled_at_any_time(cpu_engine):
@@ -365,6 +429,12 @@ def test_requests_that_cannot_be_served_are_refused(cpu_engine):
     ):
         with pytest.raises(ValueError, match=text):
             cpu_engine.submit(prompt, max_tokens)
+    for wrong in (2.5, np.float32(2), float("nan"), "2", None):
+        text = re.escape(f": expected an integer, got {wrong!r}")
+        with pytest.raises(TypeError, match=f"^prompt{text}$"):
+            cpu_engine.submit([3, wrong], 1)
+        with pytest.raises(TypeError, match=f"^max_tokens{text}$"):
+            cpu_engine.submit([3], wrong)
     config, params = cpu_engine.config, cpu_engine.params
     for options, text in (
         (Options(max_len=513), "max_len: expected at most 512, .* got 513"),
@@ -373,6 +443,26 @@ def test_requests_that_cannot_be_served_are_refused(cpu_engine):
     ):
         with pytest.raises(ValueError, match=text):
             Engine(config, params, options)
+    for name, least in LEAST.items():
+        with pytest.raises(
+            ValueError, match=f"^{name}: expected at least {least}, got {least - 1}"
+        ):
+            Engine(config, params, Options(**{name: least - 1}))
+        with pytest.raises(TypeError, match=f"^{name}: expected an integer, got 2.5"):
+            Engine(config, params, Options(**{name: 2.5}))
+    with pytest.raises(ValueError, match=r"^groups: expected at least 1, got 0"):
+        Engine(config, params, groups=0)
+
+
+def test_numpys_integers_are_integers_that_do_not_wrap_around():
+    engine = engine_without_model(Options(max_len=300))
+    request = engine.submit(np.arange(200, dtype=np.uint8), np.uint8(60))
+    assert {type(x) for x in (*request.tokens, request.max_tokens)} == {int}
+    with pytest.raises(ValueError, match=r"at most 300 tokens .*, got 200 \+ 200"):
+        engine.submit([1] * 200, np.uint8(200))
+    for _ in engine.run():
+        pass
+    assert request.status == "finished" and len(request.output) == 60
 
 
 # --- Programs ---------------------------------------------------------------------------------
@@ -537,6 +627,16 @@ def test_a_checkpoint_that_is_none_is_refused(tmp_path, monkeypatch):
         load(config=hf | {"model_type": "llama"})
     with pytest.raises(ValueError, match="expected layer_types or compress_ratios, got neither"):
         load(config={k: v for k, v in hf.items() if k != "compress_ratios"})
+    for field, entries in (
+        ("layer_types", ["sliding_attention", "heavily_compressed_attention"] * 2),
+        ("compress_ratios", hf["compress_ratios"]),
+    ):
+        text = f"config.json: {field}: expected num_hidden_layers = 4 entries, got 3"
+        with pytest.raises(ValueError, match=text):
+            load(config=hf | {field: entries[:3]})
+        text = f"config.json: {field}: expected one of .*, got 'full_attention'"
+        with pytest.raises(ValueError, match=text):
+            load(config=hf | {field: [*entries[:3], "full_attention"]})
     some = {n: w for n, w in weights.items() if not n.endswith("wq_a.weight")}
     with pytest.raises(KeyError, match=r"no weight layers\.0\.self_attn\.q_a_proj\.weight"):
         load(some)
@@ -587,6 +687,33 @@ def test_the_command_streams_tokens_and_writes_a_profile_that_names_our_calls(
     names = {event.get("name") for event in events}
     for call in ("decode_records", "ragged_records"):
         assert {f"jax_dsv4.{call} (layer {i})" for i in (1, 2, 3)} <= names
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        ("--max-len 64", "--max-len: expected more than --max-tokens = 64, got 64"),
+        ("--prompt-tokens 0", "--prompt-tokens: expected at least 1, got 0"),
+        ("--max-tokens 0", "--max-tokens: expected at least 1, got 0"),
+        ("--batch 0", "--batch: expected at least 1, got 0"),
+        ("--chunk 0", "--chunk: expected at least 1, got 0"),
+        ("--drafts -1", "--drafts: expected at least 0, got -1"),
+        ("--groups 0", "--groups: expected at least 1, got 0"),
+        ("--chunk few", "--chunk: invalid integer value: 'few'"),
+    ],
+)
+def test_the_command_names_a_wrong_argument(arguments, text, capsys):
+    with pytest.raises(SystemExit) as info:
+        command_line.main(arguments.split())
+    assert info.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: argument {text}\n")
+
+
+@pytest.mark.parametrize("max_len", [2, 20])
+def test_a_profile_has_requests_no_longer_than_the_longest(max_len, tmp_path):
+    engine = engine_without_model(Options(max_len=max_len))
+    assert measure.write_trace(engine, str(tmp_path)).exists()
+    assert engine.stats.steps > 0
 
 
 def test_the_benchmark_runs(capsys, monkeypatch):

@@ -326,6 +326,27 @@ def test_a_step_past_the_table_is_refused_and_leaves_the_pool_unchanged():
     assert pool.num_free == 8 - 2
 
 
+def test_a_shorter_length_is_refused_until_the_slot_is_released():
+    """A next request in a slot that holds pages of another one would write to them."""
+    pool = make_pool(resume_every=8)
+    pool.hold(0, 16, 5)
+    pool.hold(0, 17, 5)  # of those rows all but one were rejected
+    pool.hold(0, 17, 1)
+    pool.share(1, 0, 16)
+    before, num_free = pool.tables, pool.num_free
+    for slot, length, least in ((0, 0, 17), (0, 16, 17), (1, 15, 16)):
+        message = rf"^length: expected at least {least}, .* got {length}: release the slot before"
+        with pytest.raises(ValueError, match=message):
+            pool.hold(slot, length, 1)
+    np.testing.assert_array_equal(pool.tables, before)
+    assert pool.num_free == num_free
+    pool.release(0)
+    pool.hold(0, 0, 8)
+    pool.hold(1, 16, 1)
+    own, other = (set(table[table >= 0].tolist()) for table in pool.tables[:2])
+    assert own and other and not own & other
+
+
 def test_tables_given_away_do_not_change_with_the_pool_nor_the_pool_with_them():
     pool = make_pool()
     pool.hold(0, 0, 1)
@@ -413,6 +434,23 @@ def test_pages_that_another_slot_shares_are_not_free_for_a_step():
     assert pool.tables[1, 1] == 1
     pool.release(1)
     assert pool.num_free == 4
+
+
+def test_shared_pages_stay_with_a_step_that_is_held_again_with_fewer_rows():
+    pool = make_pool(num_pages=3, resume_every=8)
+    pool.hold(0, 0, 8)
+    pool.share(1, 0, 8)
+    shared = pool.tables[1, 1]
+    pool.hold(0, 0, 4)
+    pool.hold(0, 4, 4)  # its last rows go to the page that the other slot will read
+    assert pool.tables[0, 1] == pool.tables[1, 1] == shared >= 0
+    before = pool.tables
+    with pytest.raises(OutOfPages, match=r"^slot 0 needs 4 pages and has 2 of them; 1 of 3 are"):
+        pool.hold(0, 4, 12)
+    np.testing.assert_array_equal(pool.tables, before)
+    pool.release(0)
+    pool.release(1)
+    assert pool.num_free == 3
 
 
 def test_a_slot_without_live_pages_can_be_resumed():

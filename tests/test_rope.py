@@ -175,6 +175,7 @@ SPELLINGS = {
     "both": FLASH | {"rope_parameters": NESTED, "rope_scaling": None},
     "defaults of yarn": THETAS
     | {"rope_scaling": {k: v for k, v in YARN.items() if not k.startswith("beta")}},
+    "a rope_type of null": THETAS | {"rope_scaling": YARN | {"rope_type": None}},
     "attributes": types.SimpleNamespace(**FLASH),
     "attributes, nested": types.SimpleNamespace(qk_rope_head_dim=64, rope_parameters=NESTED),
 }

@@ -16,6 +16,7 @@ from jax_dsv4 import (
     init_state,
     num_compressed,
     paged_kv_compress,
+    ragged_windows,
 )
 
 INT32_MIN, INT32_MAX = np.iinfo(np.int32).min, np.iinfo(np.int32).max
@@ -113,6 +114,20 @@ def test_lengths_may_be_plain_lists():
     assert num_compressed([4, 9, 8], **options).tolist() == [1, 0, 0]
     assert completed_windows([9, 9, 8], **options).window.tolist() == [[1, -1], [-1, -1], [-1, -1]]
     assert completed_windows([9], compress_ratio=4, next_n=6).position.tolist() == [[0, 4]]
+
+
+def test_lengths_may_be_empty_lists():
+    none = np.zeros(0, np.int32)
+    for kv_lens, q_lens in itertools.product(([], none), ([], none, None)):
+        options = {"compress_ratio": 4, "next_n": 5, "q_lens": q_lens}
+        assert num_compressed(kv_lens, **options).shape == (0,)
+        assert completed_windows(kv_lens, **options).window.shape == (0, 2)
+        got = ragged_windows([0], kv_lens, num_rows=9, compress_ratio=4)
+        assert [x.tolist() for x in got] == [[-1, -1]] * 2
+    with pytest.raises(TypeError, match=r"^kv_lens: expected int32, got float32"):
+        num_compressed([none.astype(np.float32)], compress_ratio=4, next_n=5)
+    with pytest.raises(ValueError, match=r"^kv_lens: expected shape \[B\], got \[1, 0\]"):
+        num_compressed([[]], compress_ratio=4, next_n=5)
 
 
 def test_strict_promotion_and_64_bits_change_nothing():

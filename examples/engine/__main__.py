@@ -8,7 +8,7 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -20,6 +20,17 @@ from examples.engine.weights import load_checkpoint, load_tiny
 from jax_dsv4 import RECORD_FORMATS, STATE_FORMATS
 
 
+def at_least(minimum: int) -> Callable[[str], int]:
+    """An argparse type: an integer with a lower bound."""
+
+    def integer(text: str) -> int:
+        if int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"expected at least {minimum}, got {text}")
+        return int(text)
+
+    return integer
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(
@@ -29,24 +40,35 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", metavar="FOLDER", help="config.json and *.safetensors; default: tiny.npz")
     add("--prompts", metavar="FILE", type=pathlib.Path, help="token ids, a prompt per line")
-    add("--requests", type=int, default=12, help="how many prompts to make without a file")
-    add("--prompt-tokens", type=int, default=200, help="the most of a prompt that is made")
-    add("--max-tokens", type=int, default=64, help="new tokens per request")
-    add("--max-len", type=int, default=512, help="tokens of the longest request")
-    add("--batch", type=int, default=4, help="requests that run at a time, per device")
-    add("--chunk", type=int, default=128, help="rows of prompts per step, per device")
-    add("--drafts", type=int, default=0, help="drafts per request and step, by prompt lookup")
-    add("--groups", type=int, help="devices that serve with the same weights")
+    add("--requests", type=at_least(0), default=12, help="how many prompts to make without a file")
+    add("--prompt-tokens", type=at_least(1), default=200, help="the most of a prompt that is made")
+    add("--max-tokens", type=at_least(1), default=64, help="new tokens per request")
+    add("--max-len", type=at_least(2), default=512, help="tokens of the longest request")
+    add("--batch", type=at_least(1), default=4, help="requests that run at a time, per device")
+    add("--chunk", type=at_least(1), default=128, help="rows of prompts per step, per device")
+    add(
+        "--drafts",
+        type=at_least(0),
+        default=0,
+        help="drafts per request and step, by prompt lookup",
+    )
+    add("--groups", type=at_least(1), help="devices that serve with the same weights")
     add("--state-format", choices=STATE_FORMATS, default="raw")
     add("--records", choices=RECORD_FORMATS, nargs=2, default=("f32", "f32"),
         metavar=("MAIN", "INDEXER"), help="formats of the records")  # fmt: skip
     add("--implementation", choices=("ffi", "xla"), help="of the compressors; default: compiled")
-    add("--seed", type=int, default=0)
+    add("--seed", type=at_least(0), default=0)
     add("--quiet", action="store_true", help="print no tokens")
     add("--trace", metavar="FOLDER", help="write a profile of a few steps, for ui.perfetto.dev")
     add("--check", action="store_true", help="compare with the golden run, and exit")
     add("--bench", action="store_true", help="time steps of Flash's attention shapes, and exit")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.max_len <= options.max_tokens:
+        parser.error(
+            f"argument --max-len: expected more than --max-tokens = {options.max_tokens}, "
+            f"got {options.max_len}"
+        )
+    return options
 
 
 def read_prompts(options: argparse.Namespace, vocab: int) -> list[list[int]]:

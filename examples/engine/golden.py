@@ -80,8 +80,9 @@ def compare(golden: Golden, requests: Sequence[Request], which: Sequence[int] = 
 
 def compare_records(golden: Golden, engine: Engine) -> float:
     """The largest error of a record, of all layers, after the second prompt and its tokens."""
-    request = engine.submit(golden.prompts[1], NEW_TOKENS + 1)
-    while len(request.output) < NEW_TOKENS:  # one more is to come: the request keeps its pages
+    # More than the last step may bring: the request does not end, and keeps its pages.
+    request = engine.submit(golden.prompts[1], NEW_TOKENS + engine.options.next_n)
+    while len(request.output) < NEW_TOKENS:
         engine.step()
     table = engine.groups[0].pages.tables().records[request.slot]
     errors = []

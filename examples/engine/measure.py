@@ -186,10 +186,12 @@ def bench() -> int:
 
 def write_trace(engine: Engine, folder: str) -> pathlib.Path:
     """A profile of a few steps, for ui.perfetto.dev; our calls have their own names in it."""
-    prompt = list(range(min(40, engine.config.vocab_size)))
-    engine.generate([prompt, prompt[:7]], 8)  # what is to be compiled, is
+    max_len = engine.options.max_len
+    new = min(8, max_len - 1)
+    prompt = list(range(min(40, engine.config.vocab_size, max_len - new)))
+    engine.generate([prompt, prompt[:7]], new)  # what is to be compiled, is
     with jax.profiler.trace(folder, create_perfetto_trace=True):
-        engine.generate([prompt, prompt[:7]], 8)
+        engine.generate([prompt, prompt[:7]], new)
     path = max(
         pathlib.Path(folder).rglob("perfetto_trace.json.gz"), key=lambda p: p.stat().st_mtime
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -51,6 +52,14 @@ def look_up(tokens: Sequence[int], most: int, *, ngram: int = 2) -> Sequence[int
     return ()
 
 
+def as_integer(name: str, value: Any) -> int:
+    """An integer, NumPy's too, as Python's, which does not wrap around."""
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name}: expected an integer, got {value!r}") from error
+
+
 @dataclasses.dataclass(eq=False)
 class Request:
     """A prompt, and what follows it."""
@@ -62,7 +71,7 @@ class Request:
     slot: int | None = None  # of the batch, while it runs
     status: str = "waiting"  # then "running", and "finished", "cancelled" or "failed"
     error: str = ""  # why it failed
-    reused: int = 0  # tokens of a prefix that was cached
+    reused: int = 0  # tokens of the cached prefix that it began behind when it was last let in
     preempted: int = 0  # how often it had to give its pages back
     arrival: float = 0.0
     first_token: float = 0.0
@@ -90,7 +99,7 @@ class Options(NamedTuple):
     prefixes: int = 4  # cached at a time, per group
     page_tokens: int = 128  # a multiple of 128, so that a page holds whole records
     state_rows: int = 8  # of a page of a state
-    pool_tokens: int | None = None  # that pages are there for; None: batch * max_len
+    pool_tokens: int | None = None  # that pages are there for; None: batch requests of max_len
     state_format: str = "raw"
     record_formats: tuple[str, str] = ("f32", "f32")  # of main compressors, and of indexers
     dtype: Any = jnp.float32  # of the sliding window's rows
@@ -112,7 +121,8 @@ class Options(NamedTuple):
 
     def sizes(self) -> Sizes:
         """Pages of the caches: of states few, and one for each end of a prefix."""
-        tokens = self.pool_tokens or self.batch * self.max_len
+        longest = -(-self.max_len // self.page_tokens) * self.page_tokens  # on pages of its own
+        tokens = self.batch * longest if self.pool_tokens is None else self.pool_tokens
         slots = self.batch + self.prefixes
 
         def state_pages(ratio: int) -> int:
@@ -129,6 +139,17 @@ class Options(NamedTuple):
 
 
 DEFAULTS = Options()
+LEAST = {  # of the numbers among them
+    "batch": 1,
+    "max_len": 2,  # a token, and one that follows
+    "chunk": 1,
+    "drafts": 0,
+    "resume_every": 1,
+    "prefixes": 0,
+    "page_tokens": 1,
+    "state_rows": 1,
+    "pool_tokens": 1,
+}
 
 
 class Pages:
@@ -159,10 +180,13 @@ class Pages:
 
     def hold(self, slot: int, length: int, n: int, *, decodes: bool) -> None:
         """Pages for a step of ``n`` rows. After ``OutOfPages`` some of them are there."""
-        for pool in self.all:
+        for name, pool in zip(Tables._fields, self.all, strict=True):
             # What stores live rows only, and so needs pages for no others, is ragged_records.
             only_live = pool in self.states and not decodes
-            pool.hold(slot, length, n, self.options.drafts if only_live else None)
+            try:
+                pool.hold(slot, length, n, self.options.drafts if only_live else None)
+            except OutOfPages as error:
+                raise OutOfPages(f"{name}: {error}") from error
 
     def share(self, slot: int, source: int, length: int) -> None:
         """A slot's request begins with another's first ``length`` tokens."""
@@ -219,11 +243,10 @@ class Group:
         free = [slot for slot in range(options.batch) if slot not in used]
         if not free or (self.full and self.running):
             return False
-        request.slot, request.length = free[0], 0
         prefix, length = self._find_prefix(request)
+        request.slot, request.length = free[0], length
         if prefix:
             self.pages.share(request.slot, prefix.slot, length)
-            request.length = request.reused = length
         n = min(len(request.tokens) - request.length, options.chunk)
         while True:
             try:
@@ -239,7 +262,7 @@ class Group:
                     request.status, request.error = "failed", f"larger than the pools: {error}"
                     return True
                 return False
-            request.status = "running"
+            request.status, request.reused = "running", length
             self.running.append(request)
             return True
 
@@ -338,11 +361,12 @@ class Group:
             if request.status != "running" or request.slot != part.slot:  # it was cancelled
                 continue
             known = len(part.tokens) - part.drafts
+            through = request.length < request.prompt <= request.length + known
             request.length += known
             if request.length == len(request.tokens):
                 new[request] = self._accept(part, chosen[part.slot], logits)
             if request.length >= request.prompt:
-                self._cache_prefix(request)
+                self._cache_prefix(request, evict=through)
             if len(request.output) >= request.max_tokens or (
                 self.options.eos is not None and self.options.eos in new.get(request, ())
             ):
@@ -381,14 +405,19 @@ class Group:
             self.prefixes.append(best)
         return best, most
 
-    def _cache_prefix(self, request: Request) -> None:
-        """Keep the pages of a prompt for requests that begin with it."""
+    def _cache_prefix(self, request: Request, *, evict: bool) -> None:
+        """Keep the pages of a prompt for requests that begin with it.
+
+        ``evict``: in place of the least recently used one, where there are as many as there may be.
+        Only the step that completes a prompt may do so: else prompts that run would evict each
+        other's at every step.
+        """
         every = self.options.resume_every
         tokens = request.tokens[: request.prompt // every * every]
         assert request.slot is not None
         if not tokens or any(prefix.tokens[: len(tokens)] == tokens for prefix in self.prefixes):
             return
-        if len(self.prefixes) == self.options.prefixes and not self._drop_prefix():
+        if len(self.prefixes) == self.options.prefixes and not (evict and self._drop_prefix()):
             return
         first, used = self.options.batch, {prefix.slot for prefix in self.prefixes}
         slot = next(s for s in range(first, first + self.options.prefixes) if s not in used)
@@ -441,7 +470,17 @@ class Engine:
         draft: Draft = no_draft,
         groups: int | None = None,
     ):
-        """Compile nothing yet: ``warm_up`` does, or the first step of each shape."""
+        """Compile nothing yet: ``warm_up`` does, or the first step of each shape.
+
+        Raises:
+          ValueError, TypeError: an option is out of range or no integer; the text names it.
+        """
+        numbers = options._asdict() | {"groups": groups}
+        for name, least in (LEAST | {"groups": 1}).items():
+            if name in ("pool_tokens", "groups") and numbers[name] is None:
+                continue
+            if as_integer(name, numbers[name]) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {numbers[name]}")
         if options.page_tokens % HCA or options.resume_every % options.page_tokens:
             raise ValueError(
                 "page_tokens, resume_every: expected a multiple of 128, and a multiple of that, "
@@ -509,10 +548,14 @@ class Engine:
     def submit(self, prompt: Sequence[int], max_tokens: int, *, logits: bool = False) -> Request:
         """A new request; it waits until there is a slot and pages for it.
 
+        For the thread that calls ``step``: other threads hand prompts over to it, in a queue.
+
         Raises:
-          ValueError: the prompt is empty, has a token outside the vocabulary, or is too long.
+          ValueError: the prompt is empty, has a token outside the vocabulary, or is too long; or
+            no token shall follow.
+          TypeError: a token, or ``max_tokens``, is no integer.
         """
-        tokens = [int(token) for token in prompt]
+        tokens = [as_integer("prompt", token) for token in prompt]
         if not tokens:
             raise ValueError("prompt: expected at least one token, got none")
         for token in tokens:
@@ -520,6 +563,7 @@ class Engine:
                 raise ValueError(
                     f"prompt: expected tokens in 0...{self.config.vocab_size - 1}, got {token}"
                 )
+        max_tokens = as_integer("max_tokens", max_tokens)
         if max_tokens < 1:
             raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
         if len(tokens) + max_tokens > self.options.max_len:
@@ -533,7 +577,10 @@ class Engine:
         return request
 
     def cancel(self, request: Request) -> None:
-        """Drop a request at any time; what a step under way brings for it is not looked at."""
+        """Drop a request at any time; what a step under way brings for it is not looked at.
+
+        For the thread that calls ``step``, as ``submit``.
+        """
         if request in self.waiting:
             self.waiting.remove(request)
             request.status = "cancelled"

@@ -54,14 +54,28 @@ IN_F32 = re.compile(r"hc|\.gate\.|sinks$|position_bias$|kv_norm")
 
 
 def make_config(hf: Mapping[str, Any]) -> Config:
-    """From what ``config.json`` holds."""
+    """From what ``config.json`` holds.
+
+    Raises:
+      ValueError: it does not say what each layer is; the text names the field.
+    """
     names = {field.name for field in dataclasses.fields(Config)}
     given = {name: value for name, value in hf.items() if name in names and value is not None}
-    if hf.get("layer_types"):
-        given["compress_ratios"] = [RATIOS[kind] for kind in hf["layer_types"]]
-    if "compress_ratios" not in given:
+    field = "layer_types" if hf.get("layer_types") else "compress_ratios"
+    if hf.get(field) is None:
         raise ValueError("config.json: expected layer_types or compress_ratios, got neither")
-    given["compress_ratios"] = tuple(given["compress_ratios"])[: hf.get("num_hidden_layers")]
+    num_layers = hf.get("num_hidden_layers")
+    layers = list(hf[field])[:num_layers]
+    if num_layers is not None and len(layers) < num_layers:
+        raise ValueError(
+            f"config.json: {field}: expected num_hidden_layers = {num_layers} entries, got "
+            f"{len(layers)}"
+        )
+    kinds = RATIOS if field == "layer_types" else {ratio: ratio for ratio in RATIOS.values()}
+    for kind in layers:
+        if kind not in kinds:
+            raise ValueError(f"config.json: {field}: expected one of {[*kinds]}, got {kind!r}")
+    given["compress_ratios"] = tuple(kinds[kind] for kind in layers)
     if hf.get("mlp_layer_types"):
         given["num_hash_layers"] = hf["mlp_layer_types"].count("hash_moe")
     return Config(**given)
