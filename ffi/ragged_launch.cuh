@@ -23,9 +23,8 @@ inline constexpr const char* kTooManyRows =
     "kv_score, cu_q_lens: too many rows, requests or groups for one launch";
 inline constexpr int64_t kMostSlotsOfWalker = 1024;
 inline constexpr const char* kWrongRaggedGeometry =
-    "geometry: expected -1; or for long windows 0, or 2 or 4 row groups; or for short ones 1 to "
-    "1024 "
-    "slots of a walker";
+    "geometry: expected -1; or of long windows 0, or 2 or 4 row groups; or of short ones 1 to "
+    "1024 slots of a walker";
 
 // How many slots each walker has, of a call that takes so many threads with one slot each: so many
 // that no more CTAs of walkers are on an SM than is best (tuning.h).

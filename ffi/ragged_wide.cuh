@@ -1,7 +1,7 @@
 // Ragged batches (ragged.cuh), windows of many rows where they are many. Device code only.
 //
-// With a window for every SM, and more, a CTA has all channels of one: rows are read whole, and a
-// record is made where its value is, without a cluster.
+// Where there are about as many of them as SMs, or more, a CTA has all channels of one: rows are
+// read whole, and a record is made where its value is, without a cluster.
 #pragma once
 
 #include <algorithm>

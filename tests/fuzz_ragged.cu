@@ -1087,7 +1087,7 @@ void count(const Case& c, bool is_of_pair, const Expected& expected) {
           : c.ends_in_records ? ", records"
                               : "")]
       .add(expected);
-  counts["geometry: " + geometry].add(expected);
+  counts["geometry of R " + std::to_string(c.R()) + ": " + geometry].add(expected);
   counts[c.all                 ? "store_rows: all"
          : c.resume_every == 0 ? "store_rows: live"
                                : "store_rows: live, resumes"]
