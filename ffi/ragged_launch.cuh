@@ -39,9 +39,11 @@ int64_t slots_of_walker(int64_t threads, const StoreRule& rule) {
 }
 
 // Whether CTAs with all channels of a window of many rows are compiled: with two row groups, and
-// where they end in records with four, too.
+// where they end in records with four, too. For what was measured: more kernels build longer.
 template <class Config>
-inline constexpr bool kHasWide = Config::kHeadDim >= 512;
+inline constexpr bool kHasWide =
+    Config::kHeadDim == 512 && std::is_same_v<typename Config::KvScore, bf16> &&
+    std::is_same_v<typename Config::State, float>;
 
 // Of long windows: how many row groups share one, in a CTA that has all of its channels; or 0,
 // where CTAs have a slice of them. Measured (benchmarks/notes.md): where windows are few, slices

@@ -1114,11 +1114,11 @@ std::string run(uint64_t seed) {
   if (status != cudaSuccess) stop(text_of(title, "\n  launch: ", cudaGetErrorString(status)));
   const Case& first = cases.front();
   const int64_t geometry = first.geometry;
+  const bool has_wide = first.D() == 512 && first.selection.kv_score == DType::kBF16 &&
+                        first.selection.state == DType::kF32;
+  const bool is_wide = has_wide && (geometry == 2 || (geometry == 4 && first.ends_in_records));
   const bool is_refused =
-      first.R() != 128
-          ? geometry == 0 || geometry > 1024
-          : geometry > 0 &&
-                !(first.D() == 512 && (geometry == 2 || (geometry == 4 && first.ends_in_records)));
+      first.R() == 128 ? geometry > 0 && !is_wide : geometry == 0 || geometry > 1024;
   if (is_refused != (problem != nullptr)) {
     return text_of(title, "\n  launch: ", problem == nullptr ? "accepted" : problem);
   }
