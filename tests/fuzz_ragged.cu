@@ -102,6 +102,10 @@ struct Case {
   int64_t R() const { return selection.compress_ratio; }
   int64_t S() const { return selection.state_dim(); }
   int64_t D() const { return selection.head_dim; }
+  // Of long windows: whether there are CTAs with all channels of one (ragged_launch.cuh).
+  bool has_wide() const {
+    return D() == 512 && selection.kv_score == DType::kBF16 && selection.state == DType::kF32;
+  }
   bool overlap() const { return selection.overlap; }
   bool is_prefix() const { return format == StateFormat::kPrefix; }
   int64_t num_windows() const { return num_rows / R() + batch; }
@@ -637,8 +641,10 @@ void draw_cases(std::deque<Case>& cases, Draw& draw) {
     draw_kind(c, draw);
     draw_shape(c, draw);
     if (draw.chance(0.6)) {
-      c.geometry =
-          c.selection.compress_ratio == 128 ? draw.one_of<int64_t>({0, 2, 4}) : draw.between(1, 9);
+      const int64_t four = c.ends_in_records ? 4 : 2;
+      c.geometry = c.R() != 128   ? draw.between(1, 9)
+                   : c.has_wide() ? draw.one_of<int64_t>({0, 2, four})
+                                  : 0;
     } else if (draw.chance(0.03)) {  // there is none
       c.geometry = draw.one_of<int64_t>({c.selection.compress_ratio == 128, 1025, INT64_MAX});
     }
@@ -1114,9 +1120,8 @@ std::string run(uint64_t seed) {
   if (status != cudaSuccess) stop(text_of(title, "\n  launch: ", cudaGetErrorString(status)));
   const Case& first = cases.front();
   const int64_t geometry = first.geometry;
-  const bool has_wide = first.D() == 512 && first.selection.kv_score == DType::kBF16 &&
-                        first.selection.state == DType::kF32;
-  const bool is_wide = has_wide && (geometry == 2 || (geometry == 4 && first.ends_in_records));
+  const bool is_wide =
+      first.has_wide() && (geometry == 2 || (geometry == 4 && first.ends_in_records));
   const bool is_refused =
       first.R() == 128 ? geometry > 0 && !is_wide : geometry == 0 || geometry > 1024;
   if (is_refused != (problem != nullptr)) {
