@@ -8,7 +8,7 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -18,17 +18,7 @@ from examples.engine import golden, measure
 from examples.engine.server import Engine, Options, Request, look_up, name_step
 from examples.engine.weights import load_checkpoint, load_tiny
 from jax_dsv4 import RECORD_FORMATS, STATE_FORMATS
-
-
-def at_least(minimum: int) -> Callable[[str], int]:
-    """An argparse type: an integer with a lower bound."""
-
-    def integer(text: str) -> int:
-        if int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"expected at least {minimum}, got {text}")
-        return int(text)
-
-    return integer
+from jax_dsv4.demo.cli import at_least
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
