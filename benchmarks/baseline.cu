@@ -7,7 +7,7 @@
 
 #include "baseline.cuh"
 #include "config.h"
-#include "cuda_error.cuh"
+#include "cuda_error.h"
 #include "decode_call.h"
 #include "xla/ffi/api/ffi.h"
 

@@ -47,8 +47,17 @@ build() {
   nvidia-smi --query-gpu=name,driver_version --format=csv,noheader &&
     capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader) || return
   capability=${capability%%$'\n'*}
-  CUDAARCHS="${capability/./}-real" python3 -m pip install --quiet --no-build-isolation --no-deps \
-    -e . -Ccmake.define.JAX_DSV4_CUDA=ON -Cbuild-dir="build/{wheel_tag}" # kept, for the next part
+  # The folder is kept for the next part, and for what launches the same kernels.
+  CUDAARCHS="${capability/./}-real" CUDAFLAGS=-lineinfo python3 -m pip install --quiet \
+    --no-build-isolation --no-deps -e . -Ccmake.define.JAX_DSV4_CUDA=ON -Cbuild-dir=build
+}
+
+# Compiles what launches the kernels of operations without Python: those that were just built.
+compile() { # SOURCE PROGRAM OPERATION...
+  local source=$1 program=$2
+  shift 2
+  set -- "${@/#/build/CMakeFiles/_cuda.dir/ffi/}"
+  nvcc -std=c++17 -O2 -arch=native -lineinfo -Iffi "$source" "${@/%/_launch.cu.o}" -o "$program"
 }
 
 # Writes the ids of the GPU tests that match an expression, dealt out to so many files:
@@ -142,10 +151,8 @@ run_sanitize() {
 # Padding between the buffers: without it, the next one may hide that one is overrun.
 run_fuzz() {
   local name fuzz
-  for name in records ragged; do
-    start "fuzz-$name-build" \
-      nvcc -std=c++17 -O2 -arch=native -lineinfo -Iffi "tests/fuzz_$name.cu" -o "$results/fuzz_$name"
-  done
+  start fuzz-records-build compile tests/fuzz_records.cu "$results/fuzz_records" decode_records
+  start fuzz-ragged-build compile tests/fuzz_ragged.cu "$results/fuzz_ragged" ragged ragged_records
   finish
   for name in records ragged; do
     fuzz=$results/fuzz_$name
@@ -187,7 +194,7 @@ run_measure() {
 }
 
 run_records() {
-  run records-build nvcc -std=c++17 -O3 -arch=native -Iffi benchmarks/records.cu -o "$results/records"
+  run records-build compile benchmarks/records.cu "$results/records" store
   run records-graph "$results/records"
   run records python3 benchmarks/records.py --out "$results/records.jsonl" "${commit[@]}"
 }
@@ -197,7 +204,7 @@ run_fused() {
 }
 
 run_ragged() {
-  run ragged-build nvcc -std=c++17 -O3 -arch=native -Iffi benchmarks/ragged.cu -o "$results/ragged"
+  run ragged-build compile benchmarks/ragged.cu "$results/ragged" ragged ragged_records decode
   run ragged-graph "$results/ragged"
   run ragged python3 benchmarks/ragged.py --out "$results/ragged.jsonl" "${commit[@]}"
 }
@@ -214,7 +221,7 @@ run_step() {
 # ncu needs permission to read the performance counters.
 run_profile() {
   local graph=$results/graph points=$results/points batch kernel
-  run graph-build nvcc -std=c++17 -O3 -arch=native -Iffi benchmarks/graph.cu -o "$graph"
+  run graph-build compile benchmarks/graph.cu "$graph" decode
   python3 benchmarks/points.py >"$points.all" || failed+=(points)
   run graph "$graph" "$points.all"
   run streams "$graph" streams

@@ -2,7 +2,7 @@
 // in a CUDA graph by hand. A check on benchmarks/decode.py, which measures inside a jitted program:
 // the same points, in the same rotation through the pool.
 //
-//     nvcc -std=c++17 -O3 -arch=native -Iffi benchmarks/graph.cu -o graph
+//     nvcc -std=c++17 -O3 -arch=native -Iffi {benchmarks/graph,ffi/decode_launch}.cu -o graph
 //     python benchmarks/points.py --points raw prefix | ./graph /dev/stdin
 //     ./graph streams
 //
@@ -29,14 +29,13 @@
 
 #include "baseline.cuh"
 #include "config.h"
-#include "decode_launch.cuh"
 #include "graph.cuh"
+#include "kernels.h"
 
 using namespace jax_dsv4;
 
 namespace {
 
-// What is compiled here: the package's own list would take minutes.
 using Hca = Kind<512, 128, false>;
 using Shipped = DTypes<bf16, f32, bf16>;
 using Measured = TypeList<Config<Hca, Shipped>,                    //
@@ -175,7 +174,10 @@ void measure(const Point& point) {
 
   report("graph by hand", [&](cudaStream_t stream) {
     constexpr int64_t kOurChoice = -1;
-    const char* problem = launch<Config>(stream, p, format, kOurChoice);
+    constexpr Selection kSelection = {Config::kHeadDim, Config::kRatio,
+                                      Config::kOverlap, kDTypeOf<KvScore>,
+                                      kDTypeOf<State>,  kDTypeOf<typename Config::Out>};
+    const char* problem = launch_decode(stream, p, kSelection, format, kOurChoice);
     if (problem == nullptr) return;
     std::fprintf(stderr, "%s\n", problem);
     std::exit(1);

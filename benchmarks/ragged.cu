@@ -1,7 +1,8 @@
 // The time of one ragged launch, captured in a CUDA graph by hand, beside the least that it can
 // take: reading kv_score alone, or reading it and writing all rows; and beside a decode launch.
 //
-//     nvcc -std=c++17 -O3 -arch=native -Iffi benchmarks/ragged.cu -o ragged
+//     nvcc -std=c++17 -O3 -arch=native -Iffi -o ragged benchmarks/ragged.cu \
+//         ffi/{ragged,ragged_records,decode}_launch.cu
 //     ./ragged ["CASES" [GEOMETRY...]]
 //
 // Cold: every launch of a graph has operands of its own, 2 GiB of them and more. D 512, kv_score
@@ -20,9 +21,8 @@
 #include <string>
 #include <vector>
 
-#include "decode_launch.cuh"
 #include "graph.cuh"
-#include "ragged_launch.cuh"
+#include "kernels.h"
 
 using namespace jax_dsv4;
 
@@ -162,6 +162,8 @@ double time_of_launch(const std::vector<std::unique_ptr<Call<Config>>>& calls, i
 template <class Config>
 void measure(const std::string& name, const Batch& batch, StateFormat format, bool all,
              const std::vector<int64_t>& geometries, bool beside_decode = false) {
+  constexpr Selection kSelection = {Config::kHeadDim, Config::kRatio, Config::kOverlap,
+                                    DType::kBF16,     DType::kF32,    DType::kBF16};
   const Buffer<float> ape(Config::kRatio * Config::kStateDim), sink(1);
   std::vector<std::unique_ptr<Call<Config>>> calls;
   size_t bytes = 0;
@@ -200,8 +202,7 @@ void measure(const std::string& name, const Batch& batch, StateFormat format, bo
         time_of_launch<Config>(
             calls, repeats,
             [&](cudaStream_t stream, Call<Config>& c) {
-              const char* problem = launch_ragged<Config>(stream, c.params, format,
-                                                          {c.kv_comp.get(), true}, geometry);
+              const char* problem = launch_ragged(stream, c.params, kSelection, format, geometry);
               if (problem != nullptr) std::printf("%s\n", problem);
             }));
   }
@@ -223,8 +224,8 @@ void measure(const std::string& name, const Batch& batch, StateFormat format, bo
   records.options.rms_norm_eps = 1e-6f, records.options.rounding = Rounding::kOnce;
   add("records", time_of_launch<Config>(calls, repeats, [&](cudaStream_t stream, Call<Config>& c) {
         RaggedRecordsCall call = {};
-        call.selection = {Config::kHeadDim, Config::kRatio, Config::kOverlap,
-                          DType::kBF16,     DType::kF32,    DType::kF32};
+        call.selection = kSelection;
+        call.selection.out = DType::kF32;
         call.state_format = format, call.format = RecordFormat::kFp8DsMla;
         static_cast<RaggedParams&>(call.params) = c.params;
         call.params.records = records;
@@ -234,7 +235,7 @@ void measure(const std::string& name, const Batch& batch, StateFormat format, bo
   if (beside_decode) {
     add("decode", time_of_launch<Config>(calls, repeats, [&](cudaStream_t stream, Call<Config>& c) {
           c.decode.kv_comp = c.kv_comp.get();
-          launch<Config>(stream, c.decode, format, -1);
+          launch_decode(stream, c.decode, kSelection, format, -1);
         }));
   }
   std::printf("%s}\n", text.c_str());

@@ -2,7 +2,7 @@
 // such a launch can take: an empty kernel of the same grid, and one that only makes its loads (slot
 // and position, then the row of the table; value and weight) and stores nothing.
 //
-//     nvcc -std=c++17 -O3 -arch=native -Iffi benchmarks/records.cu -o records
+//     nvcc -std=c++17 -O3 -arch=native -Iffi {benchmarks/records,ffi/store_launch}.cu -o records
 //     ./records [N...]
 //
 // Cold: every call has values, slots, positions and records of its own, and between two launches of
@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "graph.cuh"
+#include "kernels.h"
 #include "store_launch.cuh"
 
 using namespace jax_dsv4;
@@ -96,8 +97,8 @@ void measure(uint32_t count) {
     const int64_t few = calls / 4;
     return (time_of_calls(0, call) - time_of_calls(calls - few, call)) / (calls - few);
   };
-  const double kernel =
-      time_of_call([&](cudaStream_t stream) { launch_store_records<Record>(stream, p); });
+  const double kernel = time_of_call(
+      [&](cudaStream_t stream) { launch_store_records(stream, p, Record::kFormat, D); });
   const bool few = count <= kFewValues;
   const uint32_t threads = few ? StageOfFew<Record>::kLanes : kStoreThreads;
   const uint32_t values_of_cta = few ? 1 : threads / StageOfMany<Record>::kLanes;

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "dequantize.h"
 #include "operands.h"
 #include "record_call.h"
 #include "record_pool.h"
@@ -17,16 +18,6 @@ struct DequantizeAttributes {
   Scales scales;
   int64_t layer;     // of the pool, known when compiled; -1: see the operand `layer`
   int64_t geometry;  // -1: there is one only
-};
-
-// G groups of N slots each.
-struct DequantizeParams {
-  const int32_t* slots;  // [G, N]
-  RecordPool pool;       // only read
-  float* values;         // [G, N, D]
-  uint32_t num_groups;   // G
-  uint32_t num_slots;    // N
-  Scales scales;
 };
 
 struct DequantizeCall {

@@ -103,9 +103,9 @@ struct NewPositions {
 // finished, oldest first, then stores new rows; put(out) computes the window's value, into out [D].
 // Values first: a row that is stored may take the place of one that they read.
 template <class Config, class Emit>
-void run_raw(const RaggedParams& p, const RaggedRequest<Config>& r, uint32_t begin, uint32_t end,
+void run_raw(const RaggedParams& p, const RaggedRequest<Config>& r, int32_t begin, int32_t end,
              Emit&& emit) {
-  for (uint32_t window = begin; window < end && window < r.end_window; ++window) {
+  for (int32_t window = begin; window < end && window < r.end_window; ++window) {
     emit(window, [&](typename Config::Out* out) { reduce_rows(p, r, window, out); });
   }
   const int32_t last = NewPositions(r, end - 1).end;
@@ -132,7 +132,7 @@ void merge_new_row(const RaggedParams& p, const RaggedRequest<Config>& r, int32_
 // The same on a state of prefixes. What is stored is merged one token at a time, so that a row's
 // bits do not depend on which call brought it; other windows' values are those of their new rows.
 template <class Config, class Emit>
-void run_prefix(const RaggedParams& p, const RaggedRequest<Config>& r, uint32_t begin, uint32_t end,
+void run_prefix(const RaggedParams& p, const RaggedRequest<Config>& r, int32_t begin, int32_t end,
                 Emit&& emit) {
   using Out = typename Config::Out;
   constexpr int D = Config::kHeadDim, R = Config::kRatio;
@@ -150,7 +150,7 @@ void run_prefix(const RaggedParams& p, const RaggedRequest<Config>& r, uint32_t 
     if (kOverlap && first > 0) before.read(p, r, first - 1, kAll);
     has_before = true;
   }
-  for (uint32_t window = begin; window < end; ++window) {
+  for (int32_t window = begin; window < end; ++window) {
     const NewPositions<Config> rows(r, window);
     const bool is_finished = window < r.end_window;
     const int64_t first_read = (int64_t{window} - (kOverlap && window > 0)) * R;

@@ -1,4 +1,4 @@
-// The kernel that stores records, and its grid. No XLA types.
+// The kernel that stores records, and its grid.
 #pragma once
 
 #include <cuda_runtime.h>

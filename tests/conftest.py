@@ -1,5 +1,6 @@
 """The devices that numerical tests run on."""
 
+import itertools
 import os
 import pathlib
 import sys
@@ -14,6 +15,25 @@ import pytest
 
 # For examples/. Last: where jax_dsv4 is installed, the folder of its source is not under test.
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cases", type=int, help="run at most so many cases of each test")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave of each test as many cases as ``--cases`` says, evenly spaced."""
+    most = config.getoption("cases")
+    if most is None:
+        return
+    kept, left_out = [], []
+    for _, group in itertools.groupby(items, lambda item: item.nodeid.partition("[")[0]):
+        cases = list(group)
+        chosen = {i * len(cases) // most for i in range(most)} if len(cases) > most else None
+        for i, case in enumerate(cases):
+            (kept if chosen is None or i in chosen else left_out).append(case)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,8 @@
 // after another. Each operand is an allocation of its own, of its exact size, for memcheck to see
 // where it ends.
 //
-//     nvcc -std=c++17 -O2 -arch=native -Iffi tests/fuzz_ragged.cu -o fuzz
+//     nvcc -std=c++17 -O2 -arch=native -Iffi -o fuzz tests/fuzz_ragged.cu \
+//         ffi/{ragged,ragged_records}_launch.cu
 //     ./fuzz [cases=5000] [seed=0]
 //     compute-sanitizer --tool memcheck --padding 8192 ./fuzz
 //
@@ -41,8 +42,8 @@
 
 #include "config.h"
 #include "fuzz.cuh"
-#include "ragged_launch.cuh"
-#include "ragged_records.h"
+#include "kernels.h"
+#include "launch.cuh"
 
 using namespace jax_dsv4;
 using namespace jax_dsv4::fuzz;

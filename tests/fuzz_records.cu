@@ -2,7 +2,8 @@
 // the CPU's own functions (decode_cpu.h, record_cpu.h) on copies of the same operands. Each operand
 // is an allocation of its own, of its exact size, for memcheck to see where it ends.
 //
-//     nvcc -std=c++17 -O2 -arch=native -Iffi tests/fuzz_records.cu -o fuzz
+//     nvcc -std=c++17 -O2 -arch=native -Iffi {tests/fuzz_records,ffi/decode_records_launch}.cu -o
+//     fuzz
 //     ./fuzz [cases=5000] [seed=0]
 //     compute-sanitizer --tool memcheck --padding 8192 ./fuzz
 //
@@ -46,6 +47,7 @@
 #include "decode_records_cpu.h"
 #include "decode_records_launch.cuh"
 #include "fuzz.cuh"
+#include "kernels.h"
 
 using namespace jax_dsv4;
 using namespace jax_dsv4::fuzz;

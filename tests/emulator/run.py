@@ -22,6 +22,11 @@ FLAGS = "-std=c++17 -O1 -ffp-contract=off -fno-strict-aliasing -pthread -Wno-unk
 FLAGS += " -ftrivial-auto-var-init=pattern -U_FORTIFY_SOURCE"
 
 CASES = {"records": "800", "ragged": "300"}  # of each fuzz
+# What of ffi/ is compiled with it.
+KERNELS = {
+    "records": ("decode_records_launch.cu",),
+    "ragged": ("ragged_launch.cu", "ragged_records_launch.cu"),
+}
 
 START = (r"(run\(uint64_t seed\) \{)", r"\1 emulator::start_case(seed);")
 SHARED = (
@@ -77,7 +82,7 @@ def substitute_function(match):
 
 
 def copy_sources(folder):
-    for source in [*(ROOT / "ffi").glob("*.*h"), *(ROOT / "tests").glob("fuzz*.cu*")]:
+    for source in [*(ROOT / "ffi").glob("*.*"), *(ROOT / "tests").glob("fuzz*.cu*")]:
         text = source.read_text()
         for name, old, new, expected in SUBSTITUTIONS:
             if name == source.name:
@@ -102,7 +107,8 @@ def main():
 
         def run(fuzz):
             program = folder / fuzz
-            subprocess.run([*build, folder / f"fuzz_{fuzz}.cu", "-o", program], check=True)
+            sources = [folder / source for source in (f"fuzz_{fuzz}.cu", *KERNELS[fuzz])]
+            subprocess.run([*build, *sources, "-o", program], check=True)
             return subprocess.run([program, *(arguments or [CASES[fuzz]])], capture_output=True)
 
         with ThreadPoolExecutor() as pool:

@@ -1,15 +1,11 @@
-// Reading records on a GPU: a thread for four channels.
-//
-// Command-buffer compatible: the same operands' shapes launch the same work, whatever their values.
+// Reading records: a thread for four channels.
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
-#include "cuda_error.cuh"
-#include "dequantize_call.h"
+#include "kernels.h"
 #include "vector.cuh"
-#include "xla/ffi/api/ffi.h"
 
 namespace jax_dsv4 {
 namespace {
@@ -32,30 +28,17 @@ __global__ void __launch_bounds__(128)
   store(p.values + 4 * thread, x);
 }
 
-ffi::Error dequantize_records(cudaStream_t stream, ffi::RemainingArgs operands,
-                              ffi::RemainingRets results, const DequantizeAttributes& attributes) {
-  const ffi::ErrorOr<DequantizeCall> call = check_dequantize(operands, results, attributes);
-  if (!call) return call.error();
-  if (call->empty) return ffi::Error::Success();
-  const DequantizeParams& p = call->params;
-  if (reinterpret_cast<uintptr_t>(p.values) % 16 != 0 ||
-      reinterpret_cast<uintptr_t>(p.pool.data) % 4 != 0) {
-    return ffi::Error::InvalidArgument("operands: expected 16-byte aligned buffers");
-  }
-  visit_record(call->format, call->head_dim, [&](auto record) {
+}  // namespace
+
+const char* launch_dequantize_records(cudaStream_t stream, const DequantizeParams& p,
+                                      RecordFormat format, int64_t head_dim) {
+  visit_record(format, head_dim, [&](auto record) {
     constexpr int64_t kSlots = 128 * 4 / record.kHeadDim;  // of a CTA
     const int64_t count = int64_t{p.num_groups} * p.num_slots;
     const auto ctas = static_cast<uint32_t>((count + kSlots - 1) / kSlots);
     dequantize_records_kernel<decltype(record)><<<ctas, 128, 0, stream>>>(p);
   });
-  return launch_error();
+  return nullptr;
 }
 
-}  // namespace
 }  // namespace jax_dsv4
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    DequantizeRecordsCuda, jax_dsv4::dequantize_records,
-    jax_dsv4::bind_call<jax_dsv4::DequantizeAttributes>(
-        xla::ffi::Ffi::Bind().Ctx<xla::ffi::PlatformStream<cudaStream_t>>()),
-    {xla::ffi::Traits::kCmdBufferCompatible});

@@ -1,4 +1,4 @@
-// A ragged batch on a GPU: checked operands -> configuration -> launch.
+// A decode step on a GPU: checked operands -> launch.
 //
 // Command-buffer compatible: the same operands' shapes launch the same work, whatever their values.
 
@@ -6,29 +6,29 @@
 
 #include <cstdint>
 
-#include "cuda_error.cuh"
-#include "ragged_call.h"
-#include "ragged_launch.cuh"
+#include "config.h"
+#include "cuda_error.h"
+#include "decode_call.h"
+#include "kernels.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_dsv4 {
 namespace {
 
-ffi::Error ragged(cudaStream_t stream, ffi::RemainingArgs operands, ffi::RemainingRets results,
-                  const RaggedAttributes& attributes) {
-  const ffi::ErrorOr<RaggedCall> call = check_ragged(operands, results, attributes);
+ffi::Error decode(cudaStream_t stream, ffi::RemainingArgs operands, ffi::RemainingRets results,
+                  const DecodeAttributes& attributes) {
+  const ffi::ErrorOr<DecodeCall> call = check_decode(operands, results, attributes);
   if (!call) return call.error();
   if (call->empty) return ffi::Error::Success();
-  const RaggedParams& p = call->params;
+  const DecodeParams& p = call->params;
   const void* const vectors[] = {p.kv, p.score, p.kv_score, p.ape, p.kv_comp};
-  const int64_t element = size_of(call->selection.kv_score);
-  bool aligned = p.score_offset * element % 16 == 0 && p.row_size * element % 16 == 0;
+  bool aligned = p.score_offset * size_of(call->selection.kv_score) % 16 == 0;
   for (const void* pointer : vectors) aligned &= reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
   if (!aligned) {
     return ffi::Error::InvalidArgument("operands: expected 16-byte aligned buffers");
   }
   const char* const problem =
-      launch_ragged(stream, p, call->selection, call->state_format, call->geometry);
+      launch_decode(stream, p, call->selection, call->state_format, call->geometry);
   if (problem != nullptr) return ffi::Error::InvalidArgument(problem);
   return launch_error();
 }
@@ -37,7 +37,7 @@ ffi::Error ragged(cudaStream_t stream, ffi::RemainingArgs operands, ffi::Remaini
 }  // namespace jax_dsv4
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    RaggedKvCompressCuda, jax_dsv4::ragged,
-    jax_dsv4::bind_call<jax_dsv4::RaggedAttributes>(
+    PagedKvCompressCuda, jax_dsv4::decode,
+    jax_dsv4::bind_call<jax_dsv4::DecodeAttributes>(
         xla::ffi::Ffi::Bind().Ctx<xla::ffi::PlatformStream<cudaStream_t>>()),
     {xla::ffi::Traits::kCmdBufferCompatible});

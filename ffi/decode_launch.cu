@@ -1,6 +1,4 @@
-// From checked operands to a kernel on a stream: the choice of a geometry, and the grid. No XLA
-// types: the benchmark captures the same launches in CUDA graphs.
-#pragma once
+// From checked operands to a kernel on a stream: the choice of a geometry, and the grid.
 
 #include <cuda_runtime.h>
 
@@ -9,10 +7,12 @@
 #include "config.h"
 #include "decode_prefix.cuh"
 #include "decode_raw.cuh"
+#include "kernels.h"
 #include "launch.cuh"
 #include "tuning.h"
 
 namespace jax_dsv4 {
+namespace {
 
 // Whether the last geometry fits every page size, so that there is always a choice.
 template <class Config, class... Geometries>
@@ -99,15 +99,18 @@ const char* launch_kernel(cudaStream_t stream, const DecodeParams& p, StateForma
   return launched ? nullptr : "geometry: not for this page size";
 }
 
-// Launches a step on a state of this format; in the geometry of this index, or of our choice where
-// it is negative or the format has only one. Returns what is wrong with the call, or null: launch
-// errors proper are left to cudaGetLastError.
-template <class Config>
-const char* launch(cudaStream_t stream, const DecodeParams& p, StateFormat format,
-                   int64_t geometry_index) {
-  return p.is_plain(Config::kStateDim)
-             ? launch_kernel<typename Config::Plain>(stream, p, format, geometry_index)
-             : launch_kernel<Config>(stream, p, format, geometry_index);
+}  // namespace
+
+const char* launch_decode(cudaStream_t stream, const DecodeParams& p, const Selection& selection,
+                          StateFormat format, int64_t geometry) {
+  const char* problem = nullptr;
+  visit_config(selection, [&](auto config) {
+    using C = decltype(config);
+    problem = p.is_plain(C::kStateDim)
+                  ? launch_kernel<typename C::Plain>(stream, p, format, geometry)
+                  : launch_kernel<C>(stream, p, format, geometry);
+  });
+  return problem;
 }
 
 }  // namespace jax_dsv4

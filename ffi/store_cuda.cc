@@ -6,12 +6,9 @@
 
 #include <cstdint>
 
-#include "cuda_error.cuh"
-#include "launch.cuh"
-#include "operands.h"
-#include "store.h"
+#include "cuda_error.h"
+#include "kernels.h"
 #include "store_call.h"
-#include "store_launch.cuh"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_dsv4 {
@@ -23,19 +20,13 @@ ffi::Error store_records(cudaStream_t stream, ffi::RemainingArgs operands,
   if (!call) return call.error();
   if (call->empty) return ffi::Error::Success();
   const StoreParams& p = call->params;
-  if (p.num_groups > kMaxGridYZ) {
-    return ffi::Error::InvalidArgument("records: too many groups for one launch");
-  }
-  if (int64_t{p.num_values} * 32 > kInt32Max) {
-    return ffi::Error::InvalidArgument("values: too many for one launch");
-  }
   const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
   if ((address(p.values) | address(p.norm_weight) | address(p.table)) % 16 != 0 ||
       address(p.pool.data) % 4 != 0) {
     return ffi::Error::InvalidArgument("operands: expected 16-byte aligned buffers");
   }
-  visit_record(call->format, call->head_dim,
-               [&](auto record) { launch_store_records<decltype(record)>(stream, p); });
+  const char* const problem = launch_store_records(stream, p, call->format, call->head_dim);
+  if (problem != nullptr) return ffi::Error::InvalidArgument(problem);
   return launch_error();
 }
 
