@@ -1,10 +1,10 @@
-// The decode operation on a CPU: requests, or parts of their channels, are shared among XLA's
-// threads.
+// The decode operation on a CPU: requests, or parts of them, are shared among XLA's threads.
 
 #include "decode_cpu.h"
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 
 #include "config.h"
 #include "decode.h"
@@ -20,6 +20,7 @@ struct Step {
   DecodeParams params;
   Split split;
   void (*run)(const Step&, int64_t request, int part);
+  std::shared_ptr<SharedRequests> shared;  // of parts of rows; null: there are none
 };
 
 // Of request `index` of G * B.
@@ -33,14 +34,20 @@ void decode_request(const Step& step, int64_t index, int part) {
   using Out = typename Config::Out;
   constexpr int D = Config::kHeadDim;
   const DecodeParams& p = step.params;
-  const Channels channels = step.split.channels(D, part);
+  const auto r = request_of<Config>(p, index);
   Out* out = static_cast<Out*>(p.kv_comp) + index * p.num_windows * D;
   Out* const end = out + int64_t{p.num_windows} * D;
-  step_request<Config, kFormat>(p, request_of<Config>(p, index), channels,
-                                [&](int32_t, auto&& put) {
-                                  put(out);
-                                  out += D;
-                                });
+  const auto put_next = [&](int32_t, auto&& put) {
+    put(out);
+    out += D;
+  };
+  Channels channels = kAllChannels<Config>;
+  if (step.shared == nullptr) {
+    channels = step.split.channels(D, part, 1);
+    step_request<Config, kFormat>(p, r, channels, put_next);
+  } else if constexpr (kSharesRows<Config, kFormat>) {
+    if (!step_shared_rows(p, r, step.split, part, *step.shared, index, put_next)) return;
+  }
   for (; out < end; out += D) {
     std::fill_n(out + channels.first, channels.count, round_to<Out>(0.0f));
   }
@@ -53,8 +60,13 @@ Step step_of(const DecodeParams& p, int64_t most_threads) {
   for (int64_t i = 0; i < num_requests && threads_worth(work) < most_threads; ++i) {
     work += work_of<Config, kFormat>(request_of<Config>(p, i));
   }
-  return {p, Split(num_requests, most_threads, work, Config::kHeadDim),
-          decode_request<Config, kFormat>};
+  Step step = {p, Split(num_requests, most_threads, work, Config::kHeadDim),
+               decode_request<Config, kFormat>, nullptr};
+  if (kSharesRows<Config, kFormat> && step.split.num_parts > 1) {
+    step.shared = std::make_shared<SharedRequests>(
+        num_requests, p.num_windows * kFloatsOfParts<Config>, step.split.num_parts);
+  }
+  return step;
 }
 
 void run_part(const Step& step, int64_t index) {

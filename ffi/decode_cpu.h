@@ -8,6 +8,7 @@
 #include "config.h"
 #include "decode.h"
 #include "rows_cpu.h"
+#include "split_cpu.h"
 
 namespace jax_dsv4 {
 
@@ -68,36 +69,37 @@ void store_row(const Row& row, const Place<typename Config::State>& place, Chann
   });
 }
 
-// Stores the new tokens' rows.
-template <class Config>
-void write_rows(const DecodeParams& p, const Request<Config>& r, Channels channels) {
+// Stores the new tokens' rows at those positions for which is_own(position).
+template <class Config, class IsOwn>
+void write_rows(const DecodeParams& p, const Request<Config>& r, Channels channels,
+                IsOwn&& is_own) {
   visit_bias(r, [&](auto has_bias) {
     for (int t = std::max(0, -r.first_position); t < r.num_new; ++t) {
       const int32_t position = r.first_position + t;
+      if (!is_own(position)) continue;
       store_row<Config>(new_row<has_bias>(p, r, position), find_row(p, r, position), channels);
     }
   });
 }
 
-// Per channel, the softmax of a window's stored scores times its stored kv, into out [D].
+// Of a window: the sums of this part of its stored rows.
 template <class Config>
-void reduce_window(const DecodeParams& p, const Request<Config>& r, int32_t window,
-                   Channels channels, typename Config::Out* out) {
-  constexpr int D = Config::kHeadDim;
-  StoredRow<typename Config::State> rows[Config::kReducedRows];  // from the window's channels on
+void sum_rows(const DecodeParams& p, const Request<Config>& r, int32_t window, int part,
+              Channels channels, Sums<Config::kHeadDim>& sums) {
+  constexpr int kRows = Config::kReducedRows / kRowParts<Config>;
+  StoredRow<typename Config::State> rows[kRows];  // from the window's channels on
   int num_rows = 0;
   const int32_t end = (window + 1) * Config::kRatio;  // at most kv_len: no overflow
-  for (int i = 0; i < Config::kReducedRows; ++i) {
+  for (int i = part * kRows; i < (part + 1) * kRows; ++i) {
     const int32_t position = end - Config::kReducedRows + i;
     if (position < 0) continue;  // the window before the first one
     const auto place = find_row(p, r, position);
     if (!place.exists()) continue;
-    const int half = Config::kOverlap && i >= Config::kRatio ? D : 0;
+    const int half = Config::kOverlap && i >= Config::kRatio ? Config::kHeadDim : 0;
     rows[num_rows++] = {place.kv + half + channels.first, place.score + half + channels.first};
   }
-  Softmax<D> softmax(channels.count);
-  softmax.add(rows, num_rows);
-  softmax.put(out + channels.first);
+  sums.clear(channels);
+  sums.add(rows, num_rows, channels);
 }
 
 // A request's step on a raw state, of these channels: stores its new rows, and calls
@@ -105,9 +107,26 @@ void reduce_window(const DecodeParams& p, const Request<Config>& r, int32_t wind
 // window's value, into out [D].
 template <class Config, class Emit>
 void step_raw(const DecodeParams& p, const Request<Config>& r, Channels channels, Emit&& emit) {
-  write_rows(p, r, channels);
+  write_rows(p, r, channels, [](int32_t) { return true; });
   for (int32_t window = r.first_window; window < r.end_window; ++window) {
-    emit(window, [&](typename Config::Out* out) { reduce_window(p, r, window, channels, out); });
+    emit(window, [&](typename Config::Out* out) {
+      Sums<Config::kHeadDim> parts[kRowParts<Config>];
+      for (int i = 0; i < kRowParts<Config>; ++i) sum_rows(p, r, window, i, channels, parts[i]);
+      put_value<Config>(parts, channels, out);
+    });
+  }
+}
+
+// One part of its rows only: parts_of(window)[part] get their sums.
+template <class Config, class PartsOf>
+void step_row_part(const DecodeParams& p, const Request<Config>& r, int part, Channels channels,
+                   PartsOf&& parts_of) {
+  static_assert(!Config::kOverlap, "a row that two windows read is of two parts");
+  constexpr int kRows = Config::kRatio / kRowParts<Config>;
+  write_rows(p, r, channels,
+             [&](int32_t position) { return position % Config::kRatio / kRows == part; });
+  for (int32_t window = r.first_window; window < r.end_window; ++window) {
+    sum_rows(p, r, window, part, channels, parts_of(window)[part]);
   }
 }
 
@@ -174,8 +193,8 @@ void put_prefixes(const Prefixes<Config, Config::kHeadDim>& before,
     vectorized<put_merged<Out>>(&before.lse[first], &before.mean[first], &own.lse[own_first],
                                 &own.mean[own_first], channels.count, out + first);
   } else {
-    vectorized<put_value<Out>>(&own.lse[own_first], &own.mean[own_first], channels.count,
-                               out + first);
+    vectorized<put_prefix<Out>>(&own.lse[own_first], &own.mean[own_first], channels.count,
+                                out + first);
   }
 }
 
@@ -229,6 +248,33 @@ void step_request(const DecodeParams& p, const Request<Config>& r, Channels chan
   } else {
     step_raw(p, r, channels, emit);
   }
+}
+
+// Whether threads that share a request have parts of its rows; and what the parts of a window
+// leave.
+template <class Config, StateFormat kFormat>
+inline constexpr bool kSharesRows = kFormat == StateFormat::kRaw && kRowParts<Config> > 1;
+template <class Config>
+inline constexpr int64_t kFloatsOfParts =
+    kRowParts<Config> * sizeof(Sums<Config::kHeadDim>) / sizeof(float);
+
+// One part of request `index`, of which others are other threads'. The last one to be done calls
+// emit(window, put), as step_raw does, and returns true.
+template <class Config, class Emit>
+bool step_shared_rows(const DecodeParams& p, const Request<Config>& r, const Split& split, int part,
+                      SharedRequests& shared, int64_t index, Emit&& emit) {
+  constexpr int D = Config::kHeadDim, kParts = kRowParts<Config>;
+  using Parts = Sums<D>[kParts];
+  Parts* const parts = shared.of<Parts>(index);  // [num_windows]
+  const auto parts_of = [&](int32_t window) -> Parts& { return parts[window - r.first_window]; };
+  step_row_part(p, r, part % kParts, split.channels(D, part, kParts), parts_of);
+  if (!shared.was_last_part(index)) return false;
+  for (int32_t window = r.first_window; window < r.end_window; ++window) {
+    emit(window, [&](typename Config::Out* out) {
+      put_value<Config>(parts_of(window), kAllChannels<Config>, out);
+    });
+  }
+  return true;
 }
 
 // How much a request's step is, as threads_worth counts it.

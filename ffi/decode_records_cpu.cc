@@ -1,10 +1,9 @@
-// A decode step that ends in records on a CPU: requests of all compressors, or parts of their
-// channels, are shared among XLA's threads.
+// A decode step that ends in records on a CPU: requests of all compressors, or parts of them, are
+// shared among XLA's threads.
 
 #include "decode_records_cpu.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <limits>
 #include <memory>
@@ -20,32 +19,14 @@
 namespace jax_dsv4 {
 namespace {
 
-// The values of requests whose channels are shared among threads, until the last of its threads
-// makes a request's records of them.
-class SharedValues {
- public:
-  SharedValues(int64_t num_requests, int64_t request_size, int num_parts)
-      : request_size_(request_size),
-        values_(num_requests * request_size),
-        parts_left_(num_requests) {
-    for (auto& left : parts_left_) left.store(num_parts, std::memory_order_relaxed);
-  }
-  float* of(int64_t request) { return values_.data() + request * request_size_; }
-  bool was_last_part(int64_t request) { return parts_left_[request].fetch_sub(1) == 1; }
-
- private:
-  int64_t request_size_;
-  std::vector<float> values_;  // [G * B, num_windows, D]
-  std::vector<std::atomic<int>> parts_left_;
-};
-
 // One compressor's step.
 struct Step {
   DecodeRecordsParams params;
   StoreRecord store;
   void (*run)(const Step&, const Split&, int64_t request, int part);
-  int64_t work;                          // of all requests
-  std::unique_ptr<SharedValues> values;  // null: each request's are one thread's
+  int64_t work;                            // of all requests
+  int64_t floats_each;                     // that the parts of a request leave
+  std::unique_ptr<SharedRequests> shared;  // null: each request is one thread's
 };
 
 template <class Config, StateFormat kFormat>
@@ -58,22 +39,27 @@ void run_request(const Step& step, const Split& split, int64_t index, int part) 
                          float* value) {
     step.store(p.records, group, position, pages, place, value);
   };
-  if (step.values == nullptr) {
+  if (step.shared == nullptr) {
     return step_to_records<Config, kFormat>(p, group, request,
                                             [&](uint32_t, auto&&... record) { store(record...); });
   }
   const auto r = request_at<Config>(p, group, request);
-  float* const values = step.values->of(index);
-  const auto value_of = [&](uint32_t window) {
-    return values + int64_t{window - r.first_window} * D;
+  const auto make_record = [&](uint32_t window, auto&& put) {
+    put_record<Config>(p.records, group, request, window, put, store);
   };
-  step_request<Config, kFormat>(p, r, split.channels(D, part),
-                                [&](uint32_t window, auto&& put) { put(value_of(window)); });
-  if (!step.values->was_last_part(index)) return;
-  for (int32_t window = r.first_window; window < r.end_window; ++window) {
-    put_record<Config>(
-        p.records, group, request, window,
-        [&](float* value) { std::copy_n(value_of(window), D, value); }, store);
+  if constexpr (kSharesRows<Config, kFormat>) {
+    step_shared_rows(p, r, split, part, *step.shared, index, make_record);
+  } else {
+    float* const values = step.shared->of<float>(index);  // [num_windows, D]
+    const auto value_of = [&](uint32_t window) {
+      return values + int64_t{window - r.first_window} * D;
+    };
+    step_request<Config, kFormat>(p, r, split.channels(D, part, 1),
+                                  [&](uint32_t window, auto&& put) { put(value_of(window)); });
+    if (!step.shared->was_last_part(index)) return;
+    for (int32_t window = r.first_window; window < r.end_window; ++window) {
+      make_record(window, [&](float* value) { std::copy_n(value_of(window), D, value); });
+    }
   }
 }
 
@@ -89,12 +75,14 @@ int64_t total_work(const DecodeParams& p) {
 }
 
 Step step_of(const DecodeRecordsCall& call) {
-  Step step{call.params, store_of(call.format, call.selection.head_dim), nullptr, 0, nullptr};
+  Step step{call.params, store_of(call.format, call.selection.head_dim), nullptr, 0, 0, nullptr};
   visit_config<InnerDTypesList>(call.selection, [&](auto config) {
     using C = decltype(config);
     visit_format<C>(call.state_format, [&](auto format) {
       step.run = run_request<C, format>;
       step.work = total_work<C, format>(call.params);
+      step.floats_each = call.params.num_windows *
+                         (kSharesRows<C, format> ? kFloatsOfParts<C> : int64_t{C::kHeadDim});
     });
   });
   return step;
@@ -131,9 +119,9 @@ ffi::Future decode_records(ffi::ThreadPool pool, ffi::RemainingArgs operands,
   const auto count = num_requests * static_cast<int64_t>(steps.size());
   const Split split(count, pool.num_threads(), work, least_head_dim);
   if (split.num_parts > 1) {
-    for (size_t i = 0; i < steps.size(); ++i) {
-      const int64_t request_size = steps[i].params.num_windows * calls->each[i].selection.head_dim;
-      steps[i].values = std::make_unique<SharedValues>(num_requests, request_size, split.num_parts);
+    for (Step& step : steps) {
+      step.shared =
+          std::make_unique<SharedRequests>(num_requests, step.floats_each, split.num_parts);
     }
   }
   const auto shared = std::make_shared<const Steps>(Steps{std::move(steps), split});

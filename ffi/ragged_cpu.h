@@ -63,31 +63,36 @@ bool counts(const RaggedParams& p, const RaggedRequest<Config>& r, int32_t posit
 template <class Config>
 void reduce_rows(const RaggedParams& p, const RaggedRequest<Config>& r, uint32_t window,
                  typename Config::Out* out) {
-  constexpr int D = Config::kHeadDim, R = Config::kRatio, kRows = Config::kReducedRows;
-  visit_bias(r, [&](auto has_bias) {
-    // From the window's channels on.
-    StoredRow<typename Config::State> old_rows[kRows];
-    NewRow<typename Config::KvScore, typename Config::State, has_bias> new_rows[kRows];
-    int num_old = 0, num_new = 0;
-    const int32_t end = (window + 1) * R;  // at most kv_len: no overflow
-    for (int i = 0; i < kRows; ++i) {
-      const int32_t position = end - kRows + i;
-      const int half = Config::kOverlap && i >= R ? D : 0;
-      if (position < 0) continue;  // the window before the first one
-      if (r.is_new(position)) {
-        if (counts(p, r, position)) {
-          new_rows[num_new++] = new_row<has_bias>(p, r, position).at(half);
+  constexpr int D = Config::kHeadDim, R = Config::kRatio;
+  constexpr int kRows = Config::kReducedRows / kRowParts<Config>;
+  constexpr Channels kAll = kAllChannels<Config>;
+  Sums<D> parts[kRowParts<Config>];
+  const int32_t end = (window + 1) * R;  // at most kv_len: no overflow
+  for (int part = 0; part < kRowParts<Config>; ++part) {
+    visit_bias(r, [&](auto has_bias) {
+      // From the window's channels on.
+      StoredRow<typename Config::State> old_rows[kRows];
+      NewRow<typename Config::KvScore, typename Config::State, has_bias> new_rows[kRows];
+      int num_old = 0, num_new = 0;
+      for (int i = part * kRows; i < (part + 1) * kRows; ++i) {
+        const int32_t position = end - Config::kReducedRows + i;
+        const int half = Config::kOverlap && i >= R ? D : 0;
+        if (position < 0) continue;  // the window before the first one
+        if (r.is_new(position)) {
+          if (counts(p, r, position)) {
+            new_rows[num_new++] = new_row<has_bias>(p, r, position).at(half);
+          }
+        } else {
+          const auto place = find_row(p, r, position);
+          if (place.exists()) old_rows[num_old++] = {place.kv + half, place.score + half};
         }
-      } else {
-        const auto place = find_row(p, r, position);
-        if (place.exists()) old_rows[num_old++] = {place.kv + half, place.score + half};
       }
-    }
-    Softmax<D> softmax(D);
-    softmax.add(old_rows, num_old);  // they come before the new ones
-    softmax.add(new_rows, num_new);
-    softmax.put(out);
-  });
+      parts[part].clear(kAll);
+      parts[part].add(old_rows, num_old, kAll);  // they come before the new ones
+      parts[part].add(new_rows, num_new, kAll);
+    });
+  }
+  put_value<Config>(parts, kAll, out);
 }
 
 // The positions of a window's new rows.

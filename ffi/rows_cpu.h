@@ -136,53 +136,86 @@ void divide(const float* sum, const float* weighted, int count, Out* __restrict 
   }
 }
 
+// The same of two parts of the rows.
+template <class Out>
+void divide_both(const float* max_a, const float* sum_a, const float* weighted_a,
+                 const float* max_b, const float* sum_b, const float* weighted_b, int count,
+                 Out* __restrict out) {
+  for (int c = 0; c < count; ++c) {
+    const float highest = finite(max_a[c] < max_b[c] ? max_b[c] : max_a[c]);
+    const float scale_a = fast_exp(max_a[c] - highest), scale_b = fast_exp(max_b[c] - highest);
+    const float sum = sum_a[c] * scale_a + sum_b[c] * scale_b;
+    const float quotient = (weighted_a[c] * scale_a + weighted_b[c] * scale_b) / sum;
+    out[c] = round_to<Out>(sum == 0 ? 0.0f : quotient);
+  }
+}
+
 // --------------------------------------------------------------------------------------- softmax
 
-// Some rows of a window: per channel, the softmax of their scores times their kv.
+// Some rows of a window: per channel the highest score, the sum of the rows' weights, relative to
+// it, and that of weighted kv. Of such channels only as are named.
 template <int D>
-class Softmax {
- public:
-  explicit Softmax(int count) : count_(count) {
-    std::fill_n(max_, count, kNegInf);
-    std::fill_n(sum_, count, 0.0f);
-    std::fill_n(weighted_, count, 0.0f);
+struct alignas(64) Sums {
+  float max[D], sum[D], weighted[D];
+
+  void clear(Channels channels) {
+    std::fill_n(max + channels.first, channels.count, kNegInf);
+    std::fill_n(sum + channels.first, channels.count, 0.0f);
+    std::fill_n(weighted + channels.first, channels.count, 0.0f);
   }
 
-  // In blocks, each of which is read from memory once. The first is small: nothing of it was
-  // fetched ahead.
+  // Adds rows, each from the first of these channels on. In blocks, each of which is read from
+  // memory once. The first is small: nothing of it was fetched ahead.
   template <class Row>
-  void add(const Row* rows, int num_rows) {
+  void add(const Row* rows, int num_rows, Channels channels) {
+    const int count = channels.count;
+    float* const own_max = max + channels.first;
+    float* const own_sum = sum + channels.first;
+    float* const own_weighted = weighted + channels.first;
+    alignas(64) float new_max[D];
     for (int begin = 0, end = 0; begin < num_rows; begin = end) {
       end = std::min(begin + (begin == 0 ? kRowsAtOnce : kBlockRows), num_rows);
-      std::copy_n(max_, count_, new_max_);
+      std::copy_n(own_max, count, new_max);
       for (int i = begin; i < end; i += kRowsAtOnce) {
-        vectorized<take_max<Row>>(rows + i, end - i, count_, new_max_);
+        vectorized<take_max<Row>>(rows + i, end - i, count, new_max);
       }
-      vectorized<rescale>(new_max_, count_, max_, sum_, weighted_);
+      vectorized<rescale>(new_max, count, own_max, own_sum, own_weighted);
       for (int i = begin; i < end;) {
         const bool several = i + kRowsAtOnce <= end;
         const Row* ahead = rows + (i + kBlockRows + kRowsAtOnce <= num_rows ? i + kBlockRows : i);
         if (several) {
-          vectorized<add_weighted<Row, kRowsAtOnce>>(rows + i, ahead, count_, max_, sum_,
-                                                     weighted_);
+          vectorized<add_weighted<Row, kRowsAtOnce>>(rows + i, ahead, count, own_max, own_sum,
+                                                     own_weighted);
         } else {
-          vectorized<add_weighted<Row, 1>>(rows + i, ahead, count_, max_, sum_, weighted_);
+          vectorized<add_weighted<Row, 1>>(rows + i, ahead, count, own_max, own_sum, own_weighted);
         }
         i += several ? kRowsAtOnce : 1;
       }
     }
   }
-
-  // 0 where there is no row, or every score is -inf.
-  template <class Out>
-  void put(Out* out) const {
-    vectorized<divide<Out>>(sum_, weighted_, count_, out);
-  }
-
- private:
-  int count_;
-  alignas(64) float max_[D], new_max_[D], sum_[D], weighted_[D];
 };
+
+// Windows of many rows are reduced in so many parts of their rows, which threads may share: each
+// then reads pages of its own.
+template <class Config>
+inline constexpr int kRowParts = Config::kReducedRows >= 64 ? 2 : 1;
+
+// The value of a window: per channel, the softmax of its rows' scores times their kv, into out [D].
+// 0 where there is no row, or every score is -inf.
+template <class Config>
+void put_value(const Sums<Config::kHeadDim> (&parts)[kRowParts<Config>], Channels channels,
+               typename Config::Out* out) {
+  using Out = typename Config::Out;
+  const int first = channels.first;
+  const auto& a = parts[0];
+  if constexpr (kRowParts<Config> == 1) {
+    vectorized<divide<Out>>(a.sum + first, a.weighted + first, channels.count, out + first);
+  } else {
+    const auto& b = parts[1];
+    vectorized<divide_both<Out>>(a.max + first, a.sum + first, a.weighted + first, b.max + first,
+                                 b.sum + first, b.weighted + first, channels.count, out + first);
+  }
+}
 
 // -------------------------------------------------------------------------------------- prefixes
 
@@ -204,7 +237,7 @@ void merge_row(Row row, int count, const float* place_lse, const float* place_me
 }
 
 template <class Out>
-void put_value(const float* lse, const float* mean, int count, Out* __restrict out) {
+void put_prefix(const float* lse, const float* mean, int count, Out* __restrict out) {
   for (int c = 0; c < count; ++c) out[c] = round_to<Out>(value_of({lse[c], mean[c]}));
 }
 

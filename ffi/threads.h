@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <memory>
 
-#include "rows_cpu.h"
+#include "split_cpu.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_dsv4 {
@@ -18,33 +18,6 @@ inline ::xla::ffi::Future ready(::xla::ffi::Error error) {
   promise.CountDown(error);
   return future;
 }
-
-// How many threads so much work is worth: rows times channels that are reduced, or what takes as
-// long. To wake a thread takes the time of some 2^14 of them.
-inline int64_t threads_worth(int64_t work) { return std::max<int64_t>(work >> 15, 1); }
-
-// How the steps of so many requests are shared among threads: where requests are few, each comes in
-// parts of its channels, no more than it takes: wide ones are read faster.
-struct Split {
-  int64_t num_threads;
-  int num_parts = 1;
-
-  Split(int64_t num_requests, int64_t most_threads, int64_t work, int64_t least_head_dim)
-      : num_threads(std::min(most_threads, threads_worth(work))) {
-    constexpr int64_t kLeastChannels = 32;
-    if (num_threads < 2) return;
-    const auto are_uneven = [&](int64_t parts) {
-      return parts < num_threads || (parts < 4 * num_threads && parts % num_threads != 0);
-    };
-    while (are_uneven(num_requests * num_parts) && least_head_dim / num_parts > kLeastChannels) {
-      num_parts *= 2;
-    }
-  }
-  Channels channels(int head_dim, int part) const {
-    const int count = head_dim / num_parts;
-    return {part * count, count};
-  }
-};
 
 // Runs `run(params, i)` for each i below `count`, in any order, by up to `most_threads` threads;
 // the future completes with the last. The calling thread is one of them: what it has done before
