@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -32,6 +33,8 @@ def index(name: str, value: Any) -> int:
             f'name it in static_argnames: jax.jit(f, static_argnames="{name}")'
         )
     try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError("a truth value")
         return operator.index(value)
     except TypeError as error:
         raise TypeError(f"{name}: expected an integer, got {value!r}") from error
@@ -149,7 +152,7 @@ def state_dtype(name: str, format: str, dtype: DTypeLike) -> None:
         )
 
 
-def layer(value: Any, num_layers: int) -> tuple[int, Array]:
+def layer(value: Any, num_layers: Any) -> tuple[int, Array]:
     """(index, [0]) of a layer that is known; (-1, [1]) of one that is on the device.
 
     A Python index out of range goes to the device, too, and reaches nothing.
@@ -159,9 +162,12 @@ def layer(value: Any, num_layers: int) -> tuple[int, Array]:
     if isinstance(value, jax.Array):
         return -1, array("layer", value, I32).reshape(1)
     got = index("layer", value)
-    if 0 <= got < num_layers:
-        return got, jnp.zeros(0, jnp.int32)
-    return -1, jnp.full(1, -1, jnp.int32)
+    if isinstance(num_layers, int):
+        if 0 <= got < num_layers:
+            return got, jnp.zeros(0, jnp.int32)
+        got = -1
+    # How many there are is not known when a call of a symbolic number is traced.
+    return -1, jnp.full(1, got if 0 <= got <= _INT32_MAX else -1, jnp.int32)
 
 
 def ragged_batch(kv_lens: Any, cu_q_lens: Any, num_seqs: Any) -> tuple[Array, Array, Array]:

@@ -63,18 +63,22 @@ HAS_CUDA = _load("_cuda", "CUDA") is not None
 def has_kernel(target: str, platform: str, implementation: Any) -> bool:
     """Whether a call becomes the kernel on a platform.
 
-    Warns, or raises ``RuntimeError``, where a GPU is there and this package was built without CUDA.
+    Warns where it becomes the reference because this package was built without CUDA, and raises
+    ``RuntimeError`` where that runs here and the kernel was asked for.
     """
     if target not in TARGETS or platform not in PLATFORMS:
         return False
     if platform == "cpu" or HAS_CUDA:
         return True
-    if jax.default_backend() != "gpu":  # lowered here for another machine
-        return implementation is not None
+    runs_here = jax.default_backend() == "gpu"  # or it is lowered for another machine
     problem = "jax_dsv4 was built without a CUDA compiler"
     remedy = "see the troubleshooting page of its docs"
     if implementation is not None:
-        raise RuntimeError(f"implementation={implementation!r}: {problem}; {remedy}")
+        if runs_here:
+            raise RuntimeError(f"implementation={implementation!r}: {problem}; {remedy}")
+        return True
+    if not runs_here:
+        remedy = "implementation='ffi' makes a program that needs the kernel"
     warning = f"{problem}: on a GPU, the slow jnp reference runs; {remedy}"
     if sys.version_info >= (3, 12):  # at the user's line
         skipped = tuple(str(pathlib.Path(f).parent) for f in (jax.__file__, __file__))

@@ -15,7 +15,7 @@ own pool, and page ids are local to it), so each device can run its own. How the
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -119,33 +119,44 @@ def _tiles(
     """The devices in the program's order, and the axes that split each group dimension.
 
     A mesh of its own, with an axis for each prime factor: the compiler may split a dimension over a
-    part of an axis of the user's. In another order of devices, XLA would move every operand.
+    part of an axis of the user's. In another order of devices, XLA would move every operand; and so
+    it would if the factors were in another order than those of the user's axes.
     """
-    first = {
-        device: tuple(axis.start or 0 for axis in index[:num_groups])
-        for device, index in sharding.devices_indices_map(shape).items()
-    }
-    sizes = _prime_factors(len(first))
+
+    def first_groups(sharding: Sharding) -> dict[Any, tuple[int, ...]]:
+        return {
+            device: tuple(axis.start or 0 for axis in index[:num_groups])
+            for device, index in sharding.devices_indices_map(shape).items()
+        }
+
+    first = first_groups(sharding)
     devices: Any = np.array(list(first), object)
-    mesh = Mesh(devices.reshape(sizes), tuple(f"part {i}" for i in range(len(sizes))))
     origin = first[devices[0]]
-    by_group: list[list[tuple[int, str]]] = [[] for _ in range(num_groups)]
-    for axis, name in enumerate(mesh.axis_names):
-        neighbour = mesh.devices[tuple(int(i == axis) for i in range(len(sizes)))]
-        for group, step in enumerate(np.subtract(first[neighbour], origin)):
-            if step:
-                by_group[group].append((-step, name))  # the axis of the largest step comes first
-    return mesh, PartitionSpec(*(tuple(name for _, name in sorted(own)) for own in by_group))
+    mesh, spec = Mesh(devices, "all parts"), PartitionSpec()
+    for sizes in _orders_of_prime_factors(len(devices)):
+        mesh = Mesh(devices.reshape(sizes), tuple(f"part {i}" for i in range(len(sizes))))
+        by_group: list[list[tuple[int, str]]] = [[] for _ in range(num_groups)]
+        for axis, name in enumerate(mesh.axis_names):
+            neighbour = mesh.devices[tuple(int(i == axis) for i in range(len(sizes)))]
+            for group, step in enumerate(np.subtract(first[neighbour], origin)):
+                if step:
+                    by_group[group].append((-step, name))  # the largest step's axis comes first
+        spec = PartitionSpec(*(tuple(name for _, name in sorted(own)) for own in by_group))
+        try:
+            if first_groups(NamedSharding(mesh, spec)) == first:
+                break
+        except ValueError:  # these factors do not divide the groups
+            continue
+    return mesh, spec
 
 
-def _prime_factors(n: int) -> tuple[int, ...]:
-    factors, divisor = [], 2
-    while n > 1:
-        while n % divisor == 0:
-            factors.append(divisor)
-            n //= divisor
-        divisor += 1
-    return tuple(factors)
+def _orders_of_prime_factors(n: int) -> Iterator[tuple[int, ...]]:
+    if n == 1:
+        yield ()
+    primes = (p for p in range(2, n + 1) if n % p == 0 and all(p % q for q in range(2, p)))
+    for prime in primes:
+        for others in _orders_of_prime_factors(n // prime):
+            yield prime, *others
 
 
 def over_automatic_axes(call: Call, operation: Operation, operands: Sequence[Any]) -> Call:

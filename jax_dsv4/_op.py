@@ -208,7 +208,7 @@ def _jitted(static: _Static, partitioned: ClosedJaxpr | None) -> Callable[..., l
 
     # For JAX's errors, of operands that are on different devices.
     operation = static.operation
-    run.__name__ = operation.name
+    run.__name__ = run.__qualname__ = operation.name
     names = [re.sub(r"\W+", "_", name) for name in operation.names]
     run.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
         [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in names]
@@ -315,9 +315,11 @@ def _lower(
         run = functools.partial(_mesh.over_explicit_axes, _part_of(static), operation, mesh, split)
     elif implementation == "xla" or not _ffi.has_kernel(operation.target, platform, implementation):
         if implementation not in (None, "xla"):
-            others = " or ".join(ctx.module_context.platforms)
+            platforms = ctx.module_context.platforms
+            others = [p for p in platforms if p not in _ffi.PLATFORMS] or platforms
             raise NotImplementedError(
-                f"{operation.name}: implementation={implementation!r} is not there on {others}"
+                f"{operation.name}: implementation={implementation!r} is not there on "
+                f"{' or '.join(others)}"
             )
         run = functools.partial(_run_reference, operation, options)
     elif partitioned is not None and _mesh.num_devices(ctx) > 1:

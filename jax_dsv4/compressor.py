@@ -442,7 +442,7 @@ def _check_part(
         _check.optional("ape", c.ape, ("float32",), c.compress_ratio, c.state_dim),
         kv,
         score,
-        *check_tables(tables.state, size),
+        *check_tables(tables.state, size, "tables.state"),
         _check.array("tables.records", tables.records, _check.I32, size, "max_pages"),
         *check_norm_and_rotation(c.norm_weight, c.cos_sin_cache, c.head_dim),
         pool,

@@ -101,15 +101,15 @@ def check_new_rows(kv_score: Any, state_dim: int, dims: tuple[str, ...]) -> tupl
     return rows, apart
 
 
-def check_tables(block_tables: Any, batch: int) -> tuple[Array, Array]:
+def check_tables(tables: Any, batch: int, name: str = "block_tables") -> tuple[Array, Array]:
     """The tables of kv and of score."""
-    if not isinstance(block_tables, tuple):
-        table = _check.array("block_tables", block_tables, _check.I32, batch, "max_pages")
+    if not isinstance(tables, tuple):
+        table = _check.array(name, tables, _check.I32, batch, "max_pages")
         return table, table
-    if len(block_tables) != 2:
-        raise ValueError(f"block_tables: expected a pair, got {len(block_tables)} arrays")
-    kv_tables = _check.array("block_tables[0]", block_tables[0], _check.I32, batch, "max_pages")
-    score_tables = _check.array("block_tables[1]", block_tables[1], _check.I32, *kv_tables.shape)
+    if len(tables) != 2:
+        raise ValueError(f"{name}: expected a pair, got {len(tables)} arrays")
+    kv_tables = _check.array(f"{name}[0]", tables[0], _check.I32, batch, "max_pages")
+    score_tables = _check.array(f"{name}[1]", tables[1], _check.I32, *kv_tables.shape)
     return kv_tables, score_tables
 
 

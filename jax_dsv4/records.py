@@ -19,6 +19,7 @@ RECORD_FORMATS = ("f32", "bf16", "fp8", "fp8_ds_mla", "fp8_block128", "mxfp4")
 _COMPILED = tuple(_cpu.RECORDS)  # (format, head_dim)
 _SCALES = ("f32", "power_of_two", "ue8m0")
 _ROUNDINGS = (None, "once", "none", "model")
+_MOST_PAGE_BYTES = 2**31 - 4  # a multiple of 4 that i32 holds
 _F32_MAX, _F32_TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 
 
@@ -98,10 +99,15 @@ def init_records(
     page_size = _check.integer("page_size", page_size, 1)
     kind = _checked_kind(format, head_dim, scales, scale_floor)
     needed = kind.page_bytes(page_size)
+    if needed > _MOST_PAGE_BYTES:
+        raise ValueError(
+            f"page_size: expected records of at most {_MOST_PAGE_BYTES} bytes, got {page_size} of "
+            f"{needed} bytes"
+        )
     if page_bytes is None:
         multiple = 576 if format == "fp8_ds_mla" else 4
         page_bytes = -(-needed // multiple) * multiple
-    stride = _check.integer("page_bytes", page_bytes, needed)
+    stride = _check.integer("page_bytes", page_bytes, needed, _MOST_PAGE_BYTES)
     if stride % 4:
         raise ValueError(f"page_bytes: expected a multiple of 4, got {stride}")
     shape = (_check.integer("num_pages", num_pages, 0), stride)
@@ -141,10 +147,11 @@ def check_records(records: Any, layers: bool) -> tuple[Array, RecordFormat]:
         )
     dims = ("layers",) * layers + ("num_pages", "stride")
     pool = _check.array("records.pool", records.pool, ("uint8",), *dims)
-    if pool.shape[-1] % 4 or pool.shape[-1] < kind.page_bytes(page_size):
+    needed, stride = kind.page_bytes(page_size), pool.shape[-1]
+    if stride % 4 or not needed <= stride <= _MOST_PAGE_BYTES:
         raise ValueError(
-            "records.pool: expected pages of a multiple of 4 bytes, at least "
-            f"{kind.page_bytes(page_size)} for {page_size} records, got {pool.shape[-1]}"
+            f"records.pool: expected pages of a multiple of 4 bytes, at least {needed} for "
+            f"{page_size} records, at most {_MOST_PAGE_BYTES}, got {stride}"
         )
     return pool, kind
 
@@ -328,11 +335,12 @@ def check_record_options(
 ) -> dict[str, Any]:
     """What a record is made by, each choice in one form, by its name."""
     eps = rms_norm_eps
-    if not isinstance(eps, (int, float, np.floating, np.integer)) or not 0 <= eps <= _F32_MAX:
-        raise ValueError(f"rms_norm_eps: expected a number of at least 0, got {eps!r}")
+    is_number = isinstance(eps, (int, float, np.floating, np.integer)) and not isinstance(eps, bool)
+    if not is_number or not 0 <= eps <= _F32_MAX:
+        raise ValueError(f"rms_norm_eps: expected a static number of at least 0, got {eps!r}")
     _check.choice("rope_layout", rope_layout, ROPE_LAYOUTS)
     if not isinstance(hadamard, (bool, np.bool_)):
-        raise TypeError(f"hadamard: expected True or False, got {hadamard!r}")
+        raise TypeError(f"hadamard: expected True or False, static, got {hadamard!r}")
     _check.choice("rounding", rounding, _ROUNDINGS)
     return {
         "rms_norm_eps": max(float(eps), _F32_TINY),  # a record of zeros has a root, too

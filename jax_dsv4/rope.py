@@ -23,6 +23,7 @@ _ROPE_FIELDS = {
     ),
 }
 _MAX_POSITION = 2**24  # f32 has no odd numbers past it
+_F32_MAX = float(np.finfo(np.float32).max)
 
 
 def make_cos_sin_cache(
@@ -95,8 +96,8 @@ def _number(name: str, value: Any, above: float) -> float:
         raise ValueError(f"{name}: missing")
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not above < value < math.inf:
-        raise ValueError(f"{name}: expected a number above {above}, got {value!r}")
+    if not above < value <= _F32_MAX or not above < np.float32(value):
+        raise ValueError(f"{name}: expected a number of f32 above {above}, got {value!r}")
     return float(value)
 
 
@@ -129,7 +130,7 @@ def _check_rope_dim(config: Any, name: str, parameters: Mapping[str, Any]) -> No
             raise ValueError("config.qk_rope_head_dim: missing")
         head_dim = _number("config.head_dim", _get(config, "head_dim"), 0)
         dim, field = int(head_dim * _number(field, part, 0)), f"{field} * head_dim"
-    if dim != ROPE_DIM:
+    if _number(field, dim, 0) != ROPE_DIM:
         raise ValueError(f"{field}: expected {ROPE_DIM}, got {dim!r}")
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import pytest
 from cases import Case, Operands
 
 from jax_dsv4 import CompressorState, paged_kv_compress
@@ -25,6 +26,8 @@ class Results(NamedTuple):
 
 STATE = (2, 3)  # the operands that are the state
 COLLECTIVE = re.compile(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter")
+# For a test of a program for CUDA that may be lowered by a build without it.
+with_or_without_cuda = pytest.mark.filterwarnings("ignore:jax_dsv4 was built without:UserWarning")
 
 
 @functools.cache

@@ -21,8 +21,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cases", type=int, help="run at most so many cases of each test")
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave of each test as many cases as ``--cases`` says, evenly spaced."""
+    """Leave of each test as many cases as ``--cases`` says, evenly spaced, of those selected."""
     most = config.getoption("cases")
     if most is None:
         return

@@ -11,7 +11,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import COLLECTIVE, check_same_bits
+from checks import COLLECTIVE, check_same_bits, with_or_without_cuda
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_matrix import MESHES, MODES, in_mode
@@ -637,6 +637,7 @@ def test_the_reference_runs_elsewhere_or_if_asked_for(platform, implementation):
     assert not lowered_call(platform, implementation)
 
 
+@with_or_without_cuda
 def test_it_can_be_exported_with_integers_of_numpy():
     rows, (main, *others), caches, tables = make_layer()
     main = dataclasses.replace(main, head_dim=np.int64(512), compress_ratio=np.int32(4))
@@ -660,7 +661,9 @@ def test_it_can_be_exported_with_integers_of_numpy():
         ({"head_dim": 1.5}, TypeError),
         ({"compress_ratio": 3}, ValueError),
         ({"overlap": 1}, TypeError),
+        ({"head_dim": True}, TypeError),
         ({"rms_norm_eps": -1.0}, ValueError),
+        ({"rms_norm_eps": True}, ValueError),
         ({"rms_norm_eps": 1e39}, ValueError),
         ({"rope_layout": "neox"}, ValueError),
         ({"hadamard": 1}, TypeError),
@@ -688,6 +691,9 @@ def wrong_calls():
         "cache.state: expected S = 1024": {"cache": CompressorCache(indexer.state, cache.records)},
         "tables: expected a CacheTables": {"tables": tables.state},
         "tables.records: expected shape": {"tables": small},
+        "tables.state: expected shape": {
+            "tables": dataclasses.replace(tables, state=tables.state[:2])
+        },
         "tables.records: expected int32": {
             "tables": dataclasses.replace(tables, records=tables.records.astype(np.uint8))
         },

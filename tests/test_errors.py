@@ -204,6 +204,27 @@ def test_numpys_integers_are_integers():
         trace(compress_ratio=ratio, overlap=np.bool_(True))
 
 
+@pytest.mark.parametrize("name", ["layer", "compress_ratio"])
+def test_a_truth_value_is_no_integer(name):
+    layers = CompressorState(*(spec(2, *POOL) for _ in range(2)))
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: expected .*, got True"):
+        jax.eval_shape(
+            lambda arrays: paged_kv_compress(
+                **arrays, **{"layer": 0, "compress_ratio": R, name: True}
+            ),
+            good_arguments() | {"state": layers},
+        )
+
+
+def test_operands_on_different_devices_are_named():
+    first, second = jax.devices("cpu")[:2]
+    state = init_state(2, 8, head_dim=128, compress_ratio=4)
+    operands = jax.device_put((jnp.ones((1, 1, 512)), None), first), jax.device_put(state, second)
+    with pytest.raises(ValueError, match=r"argument state_kv of paged_kv_compress with"):
+        (kv_score, ape), state = operands
+        paged_kv_compress(kv_score, ape, state, np.zeros((1, 1), np.int32), [1], compress_ratio=4)
+
+
 def test_a_traced_ratio_says_how_to_make_it_static():
     with pytest.raises(TypeError, match=r"^compress_ratio: expected a static .*static_argnames"):
         jax.jit(paged_kv_compress).eval_shape(**good_arguments(), compress_ratio=R)

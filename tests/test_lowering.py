@@ -11,7 +11,7 @@ import cases
 import compile_for_cuda
 import jax
 import pytest
-from checks import COLLECTIVE, STATE, step, step_of
+from checks import COLLECTIVE, STATE, step, step_of, with_or_without_cuda
 
 from jax_dsv4 import _ffi
 from jax_dsv4.compressor import decode_records_of
@@ -89,7 +89,7 @@ def nothing_traced():
     step.cache_clear()
 
 
-@pytest.mark.filterwarnings("ignore:jax_dsv4 was built without:UserWarning")  # on a GPU
+@with_or_without_cuda
 @pytest.mark.parametrize("has_cuda", (True, False))
 def test_cuda_gets_the_kernel_where_it_was_built(has_cuda, monkeypatch, nothing_traced):
     monkeypatch.setattr(_ffi, "HAS_CUDA", has_cuda)
@@ -114,6 +114,21 @@ def test_on_a_gpu_without_the_cuda_module_a_warning_or_an_error(monkeypatch, not
 def test_asking_for_the_kernel_where_there_is_none_raises(platform):
     with pytest.raises(NotImplementedError, match=platform):
         lowered_text(step_of(CASE, "ffi"), platform)
+
+
+def test_only_platforms_without_the_kernel_are_named():
+    with pytest.raises(NotImplementedError, match=r"is not there on tpu$"):
+        lowered_text(step_of(CASE, "ffi"), "cpu", "tpu")
+
+
+def test_a_build_without_cuda_tells_of_the_reference_in_a_program_for_cuda(
+    monkeypatch, nothing_traced
+):
+    monkeypatch.setattr(_ffi, "HAS_CUDA", False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    with pytest.warns(UserWarning, match="the slow jnp reference runs; implementation='ffi'"):
+        assert not calls(lowered_text(step_of(CASE), "cuda"))
+    assert calls(lowered_text(step_of(CASE, "ffi"), "cuda"))
 
 
 def test_one_program_can_serve_several_platforms():

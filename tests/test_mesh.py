@@ -101,6 +101,23 @@ def test_jit_splits_the_groups(case, sizes, axis_type, in_scope, implementation)
 
 
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)
+@pytest.mark.parametrize("axes", ["a", "b", ("a", "b"), ("b", "a")], ids=str)
+@pytest.mark.parametrize("sizes", [(3, 2), (2, 3)], ids=str)
+def test_the_groups_are_split_over_any_number_of_devices(sizes, axes, axis_type):
+    devices = np.array(cpus()[:6]).reshape(sizes)
+    mesh = jax.sharding.Mesh(devices, ("a", "b"), axis_types=(AXIS_TYPES[axis_type],) * 2)
+    arrays = put(cases.MAPPED, mesh, (6,), specs([axes]))
+    program = jax.jit(grouped(step_of(cases.MAPPED, "ffi"), 1), donate_argnums=STATE)
+    compiled = program.lower(*arrays).compile()
+    num_parts = int(np.prod([mesh.shape[axis] for axis in axes]))
+    assert not COLLECTIVE.findall(compiled.as_text())
+    share = sum(arrays[i].nbytes for i in STATE) // num_parts
+    assert compiled.memory_analysis().alias_size_in_bytes == share
+    results = Results(*map(np.asarray, program(*arrays)))
+    check_results(results, one_device_results(cases.MAPPED, 6), cases.MAPPED.state_format)
+
+
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
 def test_jit_splits_the_groups_of_a_conversion(axis_type):
     mesh = make_mesh(MESHES["1-D"], AXIS_TYPES[axis_type])
     case = dataclasses.replace(cases.MAPPED, dtypes=cases.BF16_IN_F32_STATE)

@@ -10,7 +10,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import COLLECTIVE
+from checks import COLLECTIVE, with_or_without_cuda
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_compressor import (
@@ -216,7 +216,7 @@ def test_a_layer_is_worked_on_alone(layer, implementation):
         ("kv_lens: expected", {"kv_lens": LENS.astype(np.int64)}, TypeError),
         ("num_seqs: expected", {"num_seqs": np.zeros(1, np.int32)}, ValueError),
         ("store_rows: expected", {"store_rows": 3}, ValueError),
-        ("block_tables: expected", {"kv_lens": LENS[1:], "cu_q_lens": CU[1:]}, ValueError),
+        ("tables.state: expected", {"kv_lens": LENS[1:], "cu_q_lens": CU[1:]}, ValueError),
         ("cache: expected", {"cache": None}, TypeError),
         ("implementation: expected", {"implementation": "cuda"}, ValueError),
     ],
@@ -502,6 +502,7 @@ def test_an_exported_call_serves_any_number_of_rows_and_requests(ending, impleme
 
 
 @of_both
+@with_or_without_cuda
 def test_an_exported_call_is_the_call(operation):
     operands = *ragged_layer(), LENS, CU, SEQS
     program = jax.jit(CALLS[operation])

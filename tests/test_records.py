@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from checks import COLLECTIVE
+from checks import COLLECTIVE, with_or_without_cuda
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -590,6 +590,23 @@ def test_on_a_mesh_the_groups_are_split(axis_type):
     np.testing.assert_array_equal(program(split, shared).pool, want.pool)
 
 
+@pytest.mark.parametrize("implementation", ("ffi", "xla"))
+def test_a_layer_of_any_number_of_them_can_be_exported(implementation):
+    records = init_records(4, 3, head_dim=128, format="mxfp4", layers=2)
+    (layers,) = jax.export.symbolic_shape("layers")
+    pool = jax.ShapeDtypeStruct((layers, *records.pool.shape[1:]), jnp.uint8)
+    read = functools.partial(dequantize_records, layer=1, implementation=implementation)
+    exported = jax.export.export(jax.jit(read), disabled_checks=EXPORT_DISABLED_CHECKS)(
+        dataclasses.replace(records, pool=pool), jax.ShapeDtypeStruct((2,), jnp.int32)
+    )
+    slots = np.array([0, 5], np.int32)
+    pool = np.random.default_rng(0).integers(0, 100, records.pool.shape, np.uint8)
+    for given in (pool, pool[:1]):  # a layer that does not exist gives zeros
+        cache = dataclasses.replace(records, pool=given)
+        np.testing.assert_array_equal(exported.call(cache, slots), read(cache, slots))
+
+
+@with_or_without_cuda
 def test_it_can_be_exported():
     operands, arrays = case(KINDS[5])
     exported = jax.export.export(
@@ -728,14 +745,36 @@ def test_a_wrong_argument_is_named(name):
         ({"scales": "ue8m0"}, "scales: "),
         ({"scale_floor": True}, "scale_floor: "),
         ({"page_size": 0}, "page_size: "),
+        ({"page_size": True}, "page_size: "),
+        ({"page_size": 2**24}, "page_size: expected records of at most"),
+        ({"page_bytes": 2**31}, "page_bytes: "),
         ({"num_pages": -1}, "num_pages: "),
     ],
     ids=str,
 )
 def test_a_wrong_cache_is_named(changed, text):
     arguments = {"num_pages": 2, "page_size": 4, "head_dim": 128, "format": "fp8"} | changed
-    with pytest.raises(ValueError, match=f"^{text}"):
+    with pytest.raises((ValueError, TypeError), match=f"^{text}"):
         init_records(**arguments)
+
+
+@pytest.mark.parametrize("implementation", ("ffi", "xla"))
+def test_a_page_of_more_bytes_than_i32_counts_is_refused(implementation):
+    records = init_records(1, 4, head_dim=128, format="f32")
+    huge = dataclasses.replace(records, pool=jax.ShapeDtypeStruct((1, 2**31), jnp.uint8))
+    read = functools.partial(dequantize_records, implementation=implementation)
+    with pytest.raises(ValueError, match=r"^records.pool: expected pages .* at most 2147483644"):
+        jax.eval_shape(read, huge, np.zeros(1, np.int32))
+
+
+@pytest.mark.parametrize("implementation", ("ffi", "xla"))
+def test_a_scale_that_is_never_written_is_read_as_zero(implementation):
+    records = init_records(1, 1, head_dim=512, format="fp8_ds_mla")
+    page = np.full(records.pool.shape, 0x7E, np.uint8)
+    page[0, 576:584] = [0, 1, 127, 254, 0, 0, 0, 0]
+    records = dataclasses.replace(records, pool=page)
+    values = dequantize_records(records, np.zeros(1, np.int32), implementation=implementation)
+    np.testing.assert_array_equal(values[0, :192:64], [0, 448 * 2.0**-126, 448])
 
 
 def test_caches_of_different_kinds_have_different_leaves():

@@ -233,7 +233,12 @@ WRONG = [
     (scaled(truncate=False), {}, ValueError, f"{SCALING}.truncate: not a field of"),
     (scaled(factor=""), {}, ValueError, f"{SCALING}.factor: missing"),
     (scaled(factor=True), {}, TypeError, f"{SCALING}.factor: expected a number"),
-    (scaled(factor=float("nan")), {}, ValueError, f"{SCALING}.factor: expected a number above 0"),
+    (
+        scaled(factor=float("nan")),
+        {},
+        ValueError,
+        f"{SCALING}.factor: expected a number of f32 above 0",
+    ),
     (
         scaled(original_max_position_embeddings=""),
         {},
@@ -243,6 +248,13 @@ WRONG = [
     (scaled(beta_fast=0), {}, ValueError, f"{SCALING}.beta_fast: "),
     (scaled(beta_slow=-1), {}, ValueError, f"{SCALING}.beta_slow: "),
     (scaled(attention_factor=0), {}, ValueError, f"{SCALING}.attention_factor: "),
+    *(  # not numbers of f32, or 0 there
+        (scaled(**{field: value}), {}, ValueError, f"{SCALING}.{field}: expected a number of f32")
+        for field in ("factor", "attention_factor", "beta_fast", "original_max_position_embeddings")
+        for value in (1e39, 1e-50, 10**400)
+    ),
+    (FLASH | {"compress_rope_theta": 1 + 1e-15}, {}, ValueError, "config.compress_rope_theta: "),
+    (FLASH | {"qk_rope_head_dim": [64]}, {}, TypeError, "config.qk_rope_head_dim: expected a num"),
     (
         FLASH | {"rope_parameters": {"main": NESTED["main"]}},
         {},
