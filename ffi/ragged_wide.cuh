@@ -101,7 +101,16 @@ struct WideWindow {
   // The same of a window that is left open: on a raw state its rows are stored, and no more.
   __device__ __forceinline__ void store_rows(int32_t window) {
     if constexpr (kFormat == StateFormat::kPrefix) return add_rows(window);
-    constexpr int kAtOnce = 8;
+    constexpr int kAtOnce = 8, kLanesOfLine = 128 / (kVector * sizeof(typename Config::KvScore));
+    // All of them are asked for before the first is waited for.
+#pragma unroll 4
+    for (int j = 0; j < T::kRows; ++j) {
+      const int32_t position = window * R + row_group * T::kRows + j;
+      const bool is_new = position >= rows.start && position < rows.length;
+      const auto* const from = rows.new_kv(position, 0);
+      prefetch_l2_if(is_new && threadIdx.x % kLanesOfLine == 0, from);
+      prefetch_l2_if(is_new && threadIdx.x % kLanesOfLine == 0, from + rows.p.score_offset);
+    }
 #pragma unroll 1
     for (int first = 0; first < T::kRows; first += T::kBlockRows) {
       const int row = row_group * T::kRows + first;
