@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import support_matrix
+from checks import with_or_without_cuda
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = (
@@ -60,6 +61,7 @@ def run_alone(snippet):
     return names
 
 
+@with_or_without_cuda
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=str)
 def test_every_snippet_runs_by_itself(snippet):
     if NEEDS_8_DEVICES in snippet.code and jax.device_count() < 8:
