@@ -178,14 +178,18 @@ def each_alone(rows, compressors, caches, tables, **keywords):
     return tuple(jax.jit(decode_records)(*own, LENS, **keywords) for own in given)
 
 
-def check_alike(got, want):
-    """Equal bits on a CPU. On a GPU sums may be of another order: a byte in 1,000 of records."""
-    if jax.tree.leaves(got)[0].devices().pop().platform == "cpu":
+def check_alike(got, want, implementation="ffi"):
+    """Equal bits of the CPU's kernels.
+
+    On a GPU sums may be of another order, and in jnp XLA fuses what it likes: of records four bytes
+    may differ, and one in 1,000.
+    """
+    if jax.tree.leaves(got)[0].devices().pop().platform == "cpu" and implementation == "ffi":
         return check_equal(got, want)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         x, y = np.asarray(x), np.asarray(y)
         if x.dtype == np.uint8:
-            assert np.sum(x != y) <= 2 + 1e-3 * np.sum(y != 0xA5)
+            assert np.sum(x != y) <= 4 + 1e-3 * np.sum(y != 0xA5)
         else:
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
@@ -208,7 +212,7 @@ def test_a_step_is_its_parts(name, state_format, implementation, device):
             for q_lens, own in ((None, tables), (Q_LENS, tables), (None, short), (None, bad)):
                 got = step(rows, compressor, cache, own, lens, q_lens=q_lens)
                 want, count = by_parts(rows, compressor, cache, own, lens, q_lens, implementation)
-                check_alike(got, want)
+                check_alike(got, want, implementation)
                 num_stored += count
             cache = got
     assert num_stored >= 5

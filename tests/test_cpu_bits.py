@@ -30,7 +30,7 @@ STEPS = tuple(
 
 
 def decode_steps() -> Iterator[tuple[str, list[np.ndarray]]]:
-    """Few requests come in parts of their channels, if there are several threads."""
+    """Few requests come in parts of their rows or channels, if there are several threads."""
     for case in cases.in_formats(STEPS):
         yield str(case), list(run(case, cases.make_operands(case), "ffi", CPU))
 
