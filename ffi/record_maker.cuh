@@ -192,7 +192,8 @@ struct RecordMaker {
     options.scale_floor = has(kScaleFloor);
     const auto format = static_cast<RecordFormat>(ready.flags & kFormat);
     stage.transform(ready.operands, has(kHasNorm), has(kHasRotation), options,
-                    format > RecordFormat::kBf16, &plan.exchange);
+                    options.rounding == Rounding::kModel, format > RecordFormat::kBf16,
+                    &plan.exchange);
     const auto store_in = [&](auto record) {
       using Record = decltype(record);
       if constexpr (kIsCompiledRecord<Record, Records>) {

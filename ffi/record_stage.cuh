@@ -234,13 +234,12 @@ struct RecordStage {
     for_each([&](float& value) { value *= factor; });
   }
 
-  // From a value to what is quantised, in the order of the contract. `rounds_last`: a quantised
-  // format.
+  // From a value to what is quantised, in the order of the contract. `round_each`: after each step,
+  // as the model does. `rounds_last`: a quantised format.
   template <bool kMayBeHadamard = true>
   __device__ __forceinline__ void transform(const Operands& o, bool has_norm, bool has_rotation,
-                                            const RecordOptions& options, bool rounds_last,
-                                            Exchange* exchange = nullptr) {
-    const bool round_each = options.rounding == Rounding::kModel;
+                                            const RecordOptions& options, bool round_each,
+                                            bool rounds_last, Exchange* exchange = nullptr) {
     if (round_each) round_all();
     if (has_norm) {
       normalize(o, options.rms_norm_eps, exchange);
@@ -330,6 +329,27 @@ struct RecordStage {
     store_words<2>(to, {to_bf16x2(group[0], group[1]), to_bf16x2(group[2], group[3])}, together);
   }
 
+  // The maximum of magnitudes over so many lanes side by side. As integers they are in the same
+  // order; and of a warp or its halves the chip finds that in fewer steps than there are shuffles.
+  template <int kBlockLanes>
+  __device__ __forceinline__ float max_of_lanes(float x) const {
+    static_assert(kBlockLanes <= 32, "RecordStage: a block in several warps");
+    if constexpr (kBlockLanes == 32) {
+      return float_of(__reduce_max_sync(kWholeWarp, bits_of(x)));
+    } else if constexpr (kBlockLanes == 16) {
+      const bool is_high = (lane & kBlockLanes) != 0;
+      const uint32_t low = __reduce_max_sync(kWholeWarp, is_high ? 0 : bits_of(x));
+      const uint32_t high = __reduce_max_sync(kWholeWarp, is_high ? bits_of(x) : 0);
+      return float_of(is_high ? high : low);
+    } else {
+#pragma unroll
+      for (int offset = kBlockLanes / 2; offset > 0; offset /= 2) {
+        x = fmaxf(x, __shfl_xor_sync(kWholeWarp, x, offset));
+      }
+      return x;
+    }
+  }
+
   // The largest magnitude of the block that each group of a lane belongs to; NaN counts for
   // nothing.
   template <RecordFormat kFormat>
@@ -348,12 +368,7 @@ struct RecordStage {
       for (int v = 0; v < 4; ++v) largest = fmaxf(largest, fabsf(x[j][v]));
     }
 #pragma unroll
-    for (int offset = kBlockLanes / 2; offset > 0; offset /= 2) {
-#pragma unroll
-      for (int j = 0; j < kBlocks; ++j) {
-        amax[j] = fmaxf(amax[j], __shfl_xor_sync(kWholeWarp, amax[j], offset));
-      }
-    }
+    for (int j = 0; j < kBlocks; ++j) amax[j] = max_of_lanes<kBlockLanes>(amax[j]);
 #pragma unroll
     for (int j = kBlocks; j < kGroups; ++j) amax[j] = amax[0];
   }
