@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -46,6 +47,13 @@ def integer(name: str, value: Any, minimum: int, maximum: int = _INT32_MAX) -> i
     if not minimum <= got <= maximum:
         raise ValueError(f"{name}: expected at least {minimum}, at most {maximum}, got {got}")
     return got
+
+
+def array_size(names: str, shape: Sequence[int], dtype: DTypeLike) -> None:
+    """Raise ``ValueError`` where XLA would abort: an array of 2**63 bytes or more."""
+    size = math.prod(shape) * jnp.dtype(dtype).itemsize
+    if size >= 2**63:
+        raise ValueError(f"{names}: expected an array of less than 2**63 bytes, got {size}")
 
 
 def ratio_and_overlap(compress_ratio: Any, overlap: Any) -> tuple[int, bool]:

@@ -113,6 +113,7 @@ def init_records(
     shape = (_check.integer("num_pages", num_pages, 0), stride)
     if layers is not None:
         shape = (_check.integer("layers", layers, 0), *shape)
+    _check.array_size("layers, num_pages, page_bytes", shape, jnp.uint8)
     pool = jnp.zeros(shape, jnp.uint8)
     return RecordCache(pool, format, kind.head_dim, page_size, scales, kind.scale_floor)
 

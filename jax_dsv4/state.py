@@ -79,6 +79,7 @@ def init_state(
     )
     if layers is not None:
         shape = (_check.integer("layers", layers, 0), *shape)
+    _check.array_size("layers, num_pages, page_size, head_dim", shape, dtype)
     return CompressorState(jnp.zeros(shape, dtype), jnp.full(shape, -jnp.inf, dtype), format)
 
 

@@ -372,6 +372,14 @@ def test_a_request_larger_than_the_pools_fails_and_no_other_one_does(cpu_engine)
     assert all(request.done for request in requests)
 
 
+def test_where_drafts_have_no_pages_a_request_goes_on_without_them():
+    engine = engine_without_model(Options(batch=1, prefixes=0, drafts=3, pool_tokens=128))
+    engine.groups[0].draft = lambda tokens, most: [1] * most  # never what comes
+    (request,) = engine.generate([[2] * 100], 60)
+    assert request.status == "failed" and request.preempted == 0
+    assert (request.length, len(request.tokens)) == (128, 129)  # all that the page has room for
+
+
 @pytest.mark.parametrize("place", range(4))
 def test_where_pages_are_missing_the_pool_is_named(place):
     pages = Pages(Options())
@@ -707,6 +715,24 @@ def test_the_command_names_a_wrong_argument(arguments, text, capsys):
         command_line.main(arguments.split())
     assert info.value.code == 2
     assert capsys.readouterr().err.endswith(f"error: argument {text}\n")
+
+
+@pytest.mark.parametrize(
+    "lines, text",
+    [
+        ("1 2\n\n1 300", ", after 1 prompts: prompt: expected tokens in 0...255, got 300"),
+        ("1 " * 500, ", after 0 prompts: prompt: expected at most 512 tokens (max_len)"),
+        ("1 two", ", after 0 prompts: invalid literal for int() with base 10: 'two'"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_the_command_names_what_is_wrong_with_its_prompts(lines, text, tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    if lines is not None:
+        file.write_text(lines)
+    assert command_line.main(["--prompts", str(file)]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"--prompts {file}, after ") and text in err and not out
 
 
 @pytest.mark.parametrize("max_len", [2, 20])

@@ -1,6 +1,7 @@
 """Bad input of every kind: an error that names the argument, never a crash."""
 
 import re
+from functools import partial
 
 import cases
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from checks import step_of
 
-from jax_dsv4 import CompressorState, _config, init_state, paged_kv_compress
+from jax_dsv4 import CompressorState, _config, init_records, init_state, paged_kv_compress
 from jax_dsv4.decode import DECODE
 
 CASE = cases.MAPPED
@@ -275,6 +276,19 @@ def test_init_state_names_a_wrong_argument(name, value, error):
 def test_init_state_makes_no_prefixes_in_bf16():
     with pytest.raises(TypeError, match=r"^dtype: expected float32 .* got bfloat16: .*drifts"):
         init_state(3, 8, head_dim=128, compress_ratio=4, dtype=jnp.bfloat16, format="prefix")
+
+
+@pytest.mark.parametrize(
+    "init",
+    [
+        partial(init_state, head_dim=128, compress_ratio=128),
+        partial(init_records, head_dim=128, format="f32"),
+    ],
+)
+def test_arrays_with_which_xla_would_end_the_process_are_refused(init):
+    jax.eval_shape(partial(init, 2**22, 2**20, layers=2**11))  # of 2**62 bytes
+    with pytest.raises(ValueError, match=rf"^layers, num_pages, .*: expected .* got {2**63}$"):
+        init(2**22, 2**20, layers=2**12)
 
 
 # ------------------------------------------------------------------------------------ derivatives

@@ -62,7 +62,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_prompts(options: argparse.Namespace, vocab: int) -> list[list[int]]:
-    """Those of the file; or some, of which every second one begins with the same 128 tokens."""
+    """Those of the file; or some, of which every second one begins with the same 128 tokens.
+
+    Raises:
+      OSError, ValueError: the file cannot be read, or has something else than integers.
+    """
     if options.prompts:
         lines = options.prompts.read_text().splitlines()
         return [[int(token) for token in line.split()] for line in lines if line.strip()]
@@ -101,14 +105,18 @@ def serve(options: argparse.Namespace) -> int:
         draft=draft,
         groups=options.groups,
     )
+    requests: list[Request] = []
+    try:
+        for prompt in read_prompts(options, config.vocab_size):
+            requests.append(engine.submit(prompt, options.max_tokens))
+    except (OSError, ValueError) as error:
+        where = f"--prompts {options.prompts}, after {len(requests)} prompts: "
+        print(f"{where if options.prompts else ''}{error}", file=sys.stderr)
+        return 2
     start = time.perf_counter()
     engine.warm_up()
     seconds, device = time.perf_counter() - start, jax.devices()[0].device_kind
     print(f"compiled {len(engine.programs)} steps in {seconds:.1f} s on {device}")
-    requests = [
-        engine.submit(prompt, options.max_tokens)
-        for prompt in read_prompts(options, config.vocab_size)
-    ]
     index = {request: i for i, request in enumerate(requests)}
     with tqdm(total=options.max_tokens * len(requests), unit="token", disable=None) as bar:
         for new in engine.run():

@@ -222,6 +222,11 @@ class Part(NamedTuple):
     tokens: list[int]
     drafts: int  # how many of them, at the end
 
+    def without_drafts(self) -> Part:
+        """The same, but for them."""
+        known = self.tokens[: len(self.tokens) - self.drafts]
+        return self._replace(tokens=known, drafts=0)
+
 
 class Group:
     """The requests that share caches: who runs, who brings what, and who has which pages."""
@@ -300,20 +305,23 @@ class Group:
     def hold(self, parts: list[Part], *, decodes: bool) -> tuple[list[Part], list[Request]]:
         """Pages for them: (those that have some, requests that must wait for others' to leave).
 
-        Where none are left, a cached prefix goes; then the youngest request, which will bring all
-        of its tokens again. The oldest one always gets on.
+        Where none are left, a cached prefix goes; then a request's own drafts; then the youngest
+        request, which will bring all of its tokens again. The oldest one always gets on.
         """
         held: list[Part] = []
         preempted: list[Request] = []
         for part in parts:
-            request, n = part.request, len(part.tokens)
+            request = part.request
             while request.slot is not None:
                 try:
-                    self.pages.hold(part.slot, request.length, n, decodes=decodes)
+                    self.pages.hold(part.slot, request.length, len(part.tokens), decodes=decodes)
                     held.append(part)
                     break
                 except OutOfPages as error:
                     if self._drop_prefix():
+                        continue
+                    if part.drafts:
+                        part = part.without_drafts()
                         continue
                     youngest = self.running.pop()
                     if youngest is request and not self.running:
