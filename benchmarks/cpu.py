@@ -3,7 +3,8 @@
     python benchmarks/cpu.py [--threads 1] [--only ragged] [--out results.jsonl]
 
 A call is timed inside a compiled program: each of its calls is on a layer of its own of one donated
-state, as a model's are, and the layers are more than a cache holds; jnp has a state per call. The
+state, as a model's are, and the next run goes on with other layers, of which there are more than a
+cache holds; jnp has a state per call. The
 time per call is the difference between a program of many calls and one of a quarter of them, over
 the calls in between; of either the least of many runs counts, in turns, for other people may be at
 work on the machine.
@@ -34,7 +35,8 @@ from points import PAGE_SIZE, REGIMES, Point
 
 from jax_dsv4 import CompressorState, live, paged_kv_compress
 
-COLD_BYTES = 128 << 20  # of all layers that a program's calls read
+COLD_BYTES = 1 << 30  # of all layers
+PROGRAM_BYTES = 128 << 20  # of those that a program's calls are on
 MIN_CALLS, MAX_CALLS = 8, 128
 VARIANTS = {"default": "ffi", "jnp": "xla"}
 DECODE = tuple(
@@ -67,8 +69,8 @@ def measure(point: Point, implementation: str, seconds: float) -> float:
     rng = np.random.default_rng(0)
     num_pages = point.batch * point.pages_each
     layer_bytes = 2 * 4 * num_pages * PAGE_SIZE * point.state_dim
-    calls = min(max(COLD_BYTES // layer_bytes, MIN_CALLS), MAX_CALLS)
-    num_states, layers = 1, [calls]
+    calls = min(max(PROGRAM_BYTES // layer_bytes, MIN_CALLS), MAX_CALLS)
+    num_states, layers = 1, [max(COLD_BYTES // layer_bytes, calls)]
     if implementation == "xla":
         # Copies its state: one each, of no more than a call's pages. It compiles slowly, and what
         # stays in a cache is to its advantage.
@@ -88,13 +90,13 @@ def measure(point: Point, implementation: str, seconds: float) -> float:
         point.kv_lens(),
     )
 
-    def program(n, states, kv_score, ape, tables, kv_lens):
+    def program(n, states, first_layer, kv_score, ape, tables, kv_lens):
         values = []
         for i in range(n):
             own, states[i % num_states] = paged_kv_compress(
                 *(kv_score, ape, states[i % num_states], tables, kv_lens),
                 compress_ratio=point.ratio,
-                layer=i if layers else None,
+                layer=first_layer + i if layers else None,
                 implementation=implementation,
             )
             values.append(own)
@@ -104,14 +106,18 @@ def measure(point: Point, implementation: str, seconds: float) -> float:
     few = calls // 4
     programs = {n: jax.jit(partial(program, n), donate_argnums=0) for n in (calls, few)}
     least = dict.fromkeys(programs, float("inf"))
+    first_layer = 0
     end = None  # the first round compiles
     while end is None or time.perf_counter() < end:
         for n, run in programs.items():
+            if layers and first_layer + n > layers[0]:
+                first_layer = 0
             start = time.perf_counter()
-            states, values = run(states, *rest)
+            states, values = run(states, first_layer, *rest)
             jax.block_until_ready((states, values))
             if end is not None:
                 least[n] = min(least[n], time.perf_counter() - start)
+            first_layer += n
         end = end or time.perf_counter() + seconds
     return 1e6 * (least[calls] - least[few]) / (calls - few)
 
