@@ -4,7 +4,6 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <type_traits>
 
 #include "config.h"
 #include "record_stage.cuh"
@@ -22,9 +21,8 @@ using StageOfFew = RecordStage<Record::kHeadDim, Record::kHeadDim / 4>;
 template <class Record>
 using StageOfMany = RecordStage<Record::kHeadDim, Record::kHeadDim / 16>;
 
-// The lanes that hold a value make its record. kRoundEach: as Rounding::kModel says. Known when it
-// is compiled, for else each step would be followed by a branch.
-template <class Record, class Stage, class Value, bool kRoundEach>
+// The lanes that hold a value make its record.
+template <class Record, class Stage, class Value>
 __global__ void __launch_bounds__(kStoreThreads, 8)
     store_records_kernel(const __grid_constant__ StoreParams p) {
   constexpr int D = Record::kHeadDim;
@@ -51,9 +49,17 @@ __global__ void __launch_bounds__(kStoreThreads, 8)
     const int64_t row = group * p.table_stride + (place.exists ? position : 0);
     stage.load_rotation(p.table + row * kRopeDim, p.options.interleaved, operands);
   }
-  stage.template transform<kFormat != RecordFormat::kFp8DsMla>(
-      operands, p.norm_weight != nullptr, p.table != nullptr, p.options, kRoundEach,
-      kIsQuantized<kFormat>, &exchange);
+  const auto transform = [&](bool round_each) {
+    stage.template transform<kFormat != RecordFormat::kFp8DsMla>(
+        operands, p.norm_weight != nullptr, p.table != nullptr, p.options, round_each,
+        kIsQuantized<kFormat> && !round_each, &exchange);
+  };
+  // One branch, not one behind each step.
+  if (p.options.rounding == Rounding::kModel) {
+    transform(true);
+  } else {
+    transform(false);
+  }
   stage.template store<kFormat>(p.options, place.exists,
                                 RecordRow<typename Record::Layout>(p.pool, pages, place),
                                 p.pool.is_16b_aligned);
@@ -63,12 +69,8 @@ template <class Record, class Stage>
 void launch_store_records_in(cudaStream_t stream, const StoreParams& p, uint32_t threads) {
   const uint32_t values = threads / Stage::kLanes;
   const dim3 grid((p.num_values + values - 1) / values, p.num_groups);
-  const auto kernel_of = [&](auto round_each) {
-    return p.values_are_bf16 ? store_records_kernel<Record, Stage, bf16, round_each>
-                             : store_records_kernel<Record, Stage, float, round_each>;
-  };
-  const auto kernel = p.options.rounding == Rounding::kModel ? kernel_of(std::true_type{})
-                                                             : kernel_of(std::false_type{});
+  const auto kernel = p.values_are_bf16 ? store_records_kernel<Record, Stage, bf16>
+                                        : store_records_kernel<Record, Stage, float>;
   kernel<<<grid, threads, 0, stream>>>(p);
 }
 
