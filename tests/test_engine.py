@@ -14,6 +14,7 @@ import json
 import pathlib
 import re
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -715,6 +716,16 @@ def test_the_command_names_a_wrong_argument(arguments, text, capsys):
         command_line.main(arguments.split())
     assert info.value.code == 2
     assert capsys.readouterr().err.endswith(f"error: argument {text}\n")
+
+
+def test_requests_of_the_command_do_not_wait_for_the_compiler(tmp_path, monkeypatch):
+    ready, seen = [], []
+    monkeypatch.setattr(Engine, "warm_up", lambda engine: ready.append(time.perf_counter()))
+    monkeypatch.setattr(command_line, "report", lambda engine, requests: seen.extend(requests))
+    (file := tmp_path / "prompts.txt").write_text("1 2\n3\n")
+    assert command_line.main(["--prompts", str(file), "--max-tokens", "1", "--quiet"]) == 0
+    assert [request.prompt for request in seen] == [2, 1]
+    assert all(request.arrival > ready[0] for request in seen)
 
 
 @pytest.mark.parametrize(

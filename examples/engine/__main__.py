@@ -117,6 +117,8 @@ def serve(options: argparse.Namespace) -> int:
     engine.warm_up()
     seconds, device = time.perf_counter() - start, jax.devices()[0].device_kind
     print(f"compiled {len(engine.programs)} steps in {seconds:.1f} s on {device}")
+    for request in requests:
+        request.arrival = time.perf_counter()  # they wait from now on, not for the compiler
     index = {request: i for i, request in enumerate(requests)}
     with tqdm(total=options.max_tokens * len(requests), unit="token", disable=None) as bar:
         for new in engine.run():
