@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +117,7 @@ def array(name: str, x: Any, dtypes: Sequence[str], *shape: int | str) -> Array:
         wanted = ", ".join(map(str, shape))
         raise ValueError(f"{name}: expected shape [{wanted}], got {list(given.shape)}")
     try:
-        checked = jnp.asarray(given)
+        checked = given if isinstance(given, jax.Array) else jnp.asarray(given)
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"{name}: expected an array of JAX or NumPy, got {type(x).__name__}: {error}"
@@ -131,10 +131,18 @@ def array(name: str, x: Any, dtypes: Sequence[str], *shape: int | str) -> Array:
     return checked
 
 
+def absent(dtype: DTypeLike, *shape: int) -> Array:
+    """An operand that is not there: of no rows of this shape.
+
+    NumPy's: JAX's would be a dispatch of its own in an eager call, longer than the call.
+    """
+    return cast(Array, np.zeros((0, *shape), dtype))
+
+
 def optional(name: str, x: Any, dtypes: Sequence[str], *shape: int) -> Array:
-    """``array``; of ``None``, one that is empty in its first dimension."""
+    """``array``; of ``None``, an absent one."""
     if x is None:
-        return jnp.zeros((0, *shape[1:]), dtypes[0])
+        return absent(dtypes[0], *shape[1:])
     return array(name, x, dtypes, *shape)
 
 
@@ -166,13 +174,13 @@ def layer(value: Any, num_layers: Any) -> tuple[int, Array]:
     A Python index out of range goes to the device, too, and reaches nothing.
     """
     if value is None:
-        return -1, jnp.zeros(0, jnp.int32)
+        return -1, absent(jnp.int32)
     if isinstance(value, jax.Array):
         return -1, array("layer", value, I32).reshape(1)
     got = index("layer", value)
     if isinstance(num_layers, int):
         if 0 <= got < num_layers:
-            return got, jnp.zeros(0, jnp.int32)
+            return got, absent(jnp.int32)
         got = -1
     # How many there are is not known when a call of a symbolic number is traced.
     return -1, jnp.full(1, got if 0 <= got <= _INT32_MAX else -1, jnp.int32)
@@ -183,5 +191,5 @@ def ragged_batch(kv_lens: Any, cu_q_lens: Any, num_seqs: Any) -> tuple[Array, Ar
     kv_lens = array("kv_lens", kv_lens, I32, "B")
     cu_q_lens = array("cu_q_lens", cu_q_lens, I32, kv_lens.shape[0] + 1)
     if num_seqs is None:
-        return kv_lens, cu_q_lens, jnp.zeros(0, jnp.int32)
+        return kv_lens, cu_q_lens, absent(jnp.int32)
     return kv_lens, cu_q_lens, array("num_seqs", num_seqs, I32).reshape(1)

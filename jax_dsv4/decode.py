@@ -90,7 +90,7 @@ def check_new_rows(kv_score: Any, state_dim: int, dims: tuple[str, ...]) -> tupl
     floats, S = _check.FLOATS, state_dim
     if not isinstance(kv_score, tuple):
         rows = _check.array("kv_score", kv_score, floats, *dims, 2 * S)
-        apart = jnp.zeros((0,) * rows.ndim, rows.dtype)
+        apart = _check.absent(rows.dtype, *(0,) * (rows.ndim - 1))
     elif len(kv_score) != 2:
         raise ValueError(f"kv_score: expected a pair (kv, score), got {len(kv_score)} arrays")
     else:
@@ -349,7 +349,7 @@ def _convert(
 
     def convert(layer: Array | None, prefixes: CompressorState) -> CompressorState:
         # From the start of a window, and of scores that have their bias: rows as a step's new ones.
-        at = jnp.zeros(0, jnp.int32) if layer is None else layer[None]
+        at = _check.absent(jnp.int32) if layer is None else layer[None]
         # A layer is still raw when its turn comes, and f32 holds bf16 exactly.
         operands = (prefixes.kv, prefixes.score, kv_tables, score_tables, kv_lens, at)
         new_kv, new_score = _op.call(read, _RowsOptions(ratio, overlap), "xla", *operands)

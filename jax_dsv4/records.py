@@ -357,7 +357,7 @@ def check_norm_and_rotation(
     """The weight and the table; empty ones for what is ``None``."""
     weight = _check.optional("norm_weight", norm_weight, ("float32",), head_dim)
     if cos_sin_cache is None:
-        return weight, jnp.zeros((0, ROPE_DIM), jnp.float32)
+        return weight, _check.absent(jnp.float32, ROPE_DIM)
     table = _check.array("cos_sin_cache", cos_sin_cache, ("float32",), "positions", ROPE_DIM)
     if table.shape[0] < 1:
         raise ValueError("cos_sin_cache: expected at least one position, got 0")

@@ -194,6 +194,35 @@ def test_nothing_is_compiled_by_the_next_eager_call():
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
+TABLES = jax_dsv4.CacheTables(
+    np.arange(8, dtype=np.int32).reshape(2, 4), np.zeros((2, 2), np.int32)
+)
+LENGTHS, STARTS = np.array([4, 8], np.int32), np.array([0, 3, 5], np.int32)
+
+
+@pytest.mark.parametrize(
+    "call_one",
+    [
+        lambda c, cache, rows, values: paged_kv_compress(
+            rows, c.ape, cache.state, TABLES.state, LENGTHS, **R4
+        ),
+        lambda c, cache, rows, values: jax_dsv4.store_records(
+            values, LENGTHS, LENGTHS, cache.records
+        ),
+        lambda c, cache, rows, values: jax_dsv4.dequantize_records(cache.records, LENGTHS),
+        lambda c, cache, rows, values: jax_dsv4.decode_records(rows, c, cache, TABLES, LENGTHS),
+    ],
+    ids=["decode", "store", "dequantize", "decode_records"],
+)
+def test_a_call_is_one_operation_of_jax(call_one):
+    """Operands that are not there cost none: in an eager call each would be a dispatch."""
+    records = jax_dsv4.init_records(4, 4, head_dim=128, format="fp8")
+    cache = jax_dsv4.CompressorCache(init_state(8, 4, head_dim=128, **R4), records)
+    compressor = jax_dsv4.Compressor(jnp.ones((4, 256)), None, None, head_dim=128, **R4)
+    jaxpr = jax.make_jaxpr(call_one)(compressor, cache, jnp.ones((2, 3, 512)), jnp.ones((2, 128)))
+    assert [equation.primitive.name for equation in jaxpr.eqns] == ["paged_operation"]
+
+
 def test_values_are_the_same_where_jax_compiles_nothing():
     layers = init_state(8, 4, head_dim=128, **R4, layers=2)
     tables, lens = np.zeros((2, 4), np.int32), np.array([4, 8], np.int32)
