@@ -4,10 +4,9 @@
 
 A call is timed inside a compiled program: each of its calls is on a layer of its own of one donated
 state, as a model's are, and the next run goes on with other layers, of which there are more than a
-cache holds; jnp has a state per call. The
-time per call is the difference between a program of many calls and one of a quarter of them, over
-the calls in between; of either the least of many runs counts, in turns, for other people may be at
-work on the machine.
+cache holds; jnp has a state per call. The time per call is the difference between a program of many
+calls and one of a quarter of them, over the calls in between; of either the least of many runs
+counts, in turns, for other people may be at work on the machine.
 
 The ceiling is the bytes that a call moves (``points.py``) over the bandwidth of NumPy's copy of
 large arrays by as many threads, each byte counted as read and as written, measured beside each
