@@ -79,16 +79,15 @@ run_shard() { # FILE LOG COMMAND...
     "$@" python3 -m pytest -q -p no:cacheprovider "${ids[@]}" >"$log" 2>&1
 }
 
-# As run_shard, and once more where compute-sanitizer itself failed.
+# As run_shard, and up to twice more where compute-sanitizer itself failed.
 sanitize_shard() { # FILE LOG COMMAND...
-  local rc
-  run_shard "$@"
-  rc=$?
-  if [ $rc -ge 128 ] || grep -q "Internal Sanitizer Error" "$2"; then
-    mv "$2" "$2.crashed"
+  local rc attempt
+  for attempt in 1 2 3; do
     run_shard "$@"
     rc=$?
-  fi
+    if [ $rc -lt 128 ] && ! grep -q "Internal Sanitizer Error" "$2"; then break; fi
+    if [ $attempt -lt 3 ]; then mv "$2" "$2.crashed$attempt"; fi
+  done
   return $rc
 }
 
@@ -119,7 +118,7 @@ finish() {
   for name in $(printf '%s\n' "${!pids[@]}" | sort); do
     if ! wait "${pids[$name]}"; then
       failed+=("$name")
-      grep -E '^(FAILED|ERROR) ' "$results/$name.log"
+      grep -E '^((FAILED|ERROR) |========= (Error|Warning|Internal|Invalid))' "$results/$name.log"
     fi
     printf '%-14s %s\n' "$name" \
       "$(grep -E ' (passed|failed|failures|error)|SUMMARY' "$results/$name.log" | tail -2 | paste -sd ' ')"

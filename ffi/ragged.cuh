@@ -11,7 +11,8 @@
 // window, per channel:
 //   sum_i softmax_i(score[i]) kv[i].
 // On a state of prefixes (prefix.h) the rows before the call are one row. The new rows of a window
-// any of which is stored are merged one after the other; values are a softmax as on raw states.
+// any of which is stored are merged one after the other; values are a softmax as on raw states, or
+// of short windows all of whose rows are stored what the last prefixes hold.
 //
 // Bytes: 2 S per new row, elements of kv_score, and 2 S per row that is stored, of the state; 2 D
 // per row before the call of a window that is completed.

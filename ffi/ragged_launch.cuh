@@ -26,13 +26,17 @@ inline constexpr const char* kWrongRaggedGeometry =
 // How many slots each walker has, of a call that takes so many threads with one slot each: so many
 // that no more CTAs of walkers are on an SM than is best (tuning.h).
 template <class Body>
-int64_t slots_of_walker(int64_t threads, const StoreRule& rule) {
+int64_t slots_of_walker(int64_t threads, const StoreRule& rule, StateFormat format) {
+  const bool is_raw = format == StateFormat::kRaw;
   const int64_t on_sms =
       int64_t{Body::kThreads} * std::max(device_attribute(cudaDevAttrMultiProcessorCount), 1);
-  if (Body::Rows::kFormat == StateFormat::kRaw && threads <= Body::kMinCtas * on_sms) return 1;
+  if (is_raw && threads <= Body::kMinCtas * on_sms) return 1;
   const int live_ctas = Body::kEndsInRecords ? kWalkerCtasOfRecords : kWalkerCtas;
   const int64_t at_once = (rule.all ? Body::kMinCtas : live_ctas) * on_sms;
-  return std::clamp<int64_t>((threads + at_once - 1) / at_once, 1, kMostSlotsOfWalker);
+  int64_t most = kMostSlotsOfWalker;
+  if (rule.all && is_raw) most = kStoringSlotsOfRaw;
+  if (rule.all && !is_raw && !Body::kEndsInRecords) most = kStoringSlotsOfPrefix;
+  return std::clamp<int64_t>((threads + at_once - 1) / at_once, 1, most);
 }
 
 // Whether CTAs with all channels of a window of many rows are compiled: with two row groups, and
@@ -44,11 +48,11 @@ inline constexpr bool kHasWide =
 
 // Of long windows: how many row groups share one, in a CTA that has all of its channels; or 0,
 // where CTAs have a slice of them. Measured (benchmarks/notes.md): where windows are few, slices
-// are on more SMs; where all rows of raw states are stored, nothing else counts; and values need no
+// are on more SMs; where all rows are stored, nothing else counts; and values need no
 // cluster, so that they take slices, too, where a last turn of windows would leave SMs without one.
 template <class Config, StateFormat kFormat, bool kRecords>
 int row_groups_of(const RaggedParams& p) {
-  if (!kHasWide<Config> || (kFormat == StateFormat::kRaw && p.rule.all)) return 0;
+  if (!kHasWide<Config> || p.rule.all) return 0;
   const int64_t windows = int64_t{p.num_groups} * (p.next_n / Config::kRatio);  // or a few more
   const int64_t sms = std::max(device_attribute(cudaDevAttrMultiProcessorCount), 1);
   if (kRecords) return windows > sms ? 2 : 3 * windows > 2 * sms ? 4 : 0;
@@ -76,14 +80,20 @@ const char* visit_ragged_body(const RaggedParams& p, const ResultOf<kRecords>& r
       }
     }
     if (geometry != 0) return kWrongRaggedGeometry;
-    using Body = RaggedLong<Config, kFormat, kRecords>;
-    const bool has_clusters = !kRecords || Body::T::kSlices == 1 || jax_dsv4::has_clusters();
-    return visit(Body{}, typename Body::Params(p, result, has_clusters ? 1 : Body::T::kSlices));
+    const auto visit_long = [&](auto stores_all) {
+      using Body = RaggedLong<Config, kFormat, kRecords, stores_all>;
+      const bool has_clusters = !kRecords || Body::T::kSlices == 1 || jax_dsv4::has_clusters();
+      return visit(Body{}, typename Body::Params(p, result, has_clusters ? 1 : Body::T::kSlices));
+    };
+    if constexpr (kFormat == StateFormat::kPrefix) {
+      if (p.rule.all) return visit_long(std::true_type{});
+    }
+    return visit_long(std::false_type{});
   } else {
     using Body = RaggedShort<Config, kFormat, kRecords>;
     if (geometry < 0) {
-      geometry =
-          slots_of_walker<Body>(int64_t{p.num_groups} * p.num_windows * Body::T::kLanes, p.rule);
+      geometry = slots_of_walker<Body>(int64_t{p.num_groups} * p.num_windows * Body::T::kLanes,
+                                       p.rule, kFormat);
     }
     if (geometry < 1 || geometry > kMostSlotsOfWalker) return kWrongRaggedGeometry;
     return visit(Body{}, typename Body::Params(p, result, static_cast<int32_t>(geometry)));

@@ -33,8 +33,8 @@ struct LongTile {
                 "slices must fill head_dim, and row groups share the rows evenly");
 };
 
-// One thread's part of one window.
-template <class Config, StateFormat kFormat>
+// One thread's part of one window. kStoresAll: all new rows of the call are stored, as prefixes.
+template <class Config, StateFormat kFormat, bool kStoresAll>
 struct LongWindow {
   using T = LongTile<Config>;
   using Rows = RaggedRows<Config, kFormat>;
@@ -104,7 +104,8 @@ struct LongWindow {
       };
       load_from(0);
       if (may_store) own.find_places();
-      if (own.is_simple(may_store)) {
+      const bool stores_all = kFormat == StateFormat::kRaw ? rows.p.rule.all : kStoresAll;
+      if (own.is_simple(may_store, stores_all)) {
         if (!smem.has_biases_early(rows.p)) smem.copy_biases(rows.p, blockIdx.z, rows.column);
         const uint32_t stored = may_store ? own.stored() : 0;
         wait_for_copies<0>();  // of the biases
@@ -118,6 +119,24 @@ struct LongWindow {
             for (int i = 0; i < 4; ++i) biases[i] = smem.biases[first + j + i][threadIdx.x];
             rows.template add_whole<4>(loaded + j, biases, 0, stored >> (first + j) & 15,
                                        own.first + (first + j), partial);
+          }
+        }
+        if constexpr (kStoresAll) {
+          if (stored != 0) {
+            Prefix open[kVector];
+            find_prefix({}, open);  // keeps `partial`, which has no registers meanwhile
+#pragma unroll
+            for (int first = 0; first < T::kRows; first += kAtOnce) {
+              if (kAtOnce < T::kRows) load_from(first);
+#pragma unroll
+              for (int j = 0; j < kAtOnce; ++j) {
+                const auto& bias = smem.biases[first + j][threadIdx.x];
+                Own::merge_into(open, rows.as_stored(loaded[j], bias));
+                rows.store_row(own.first + (first + j), 0, Own::as_row(open));
+              }
+            }
+            partial = kept_partial(row_group);
+            __syncthreads();  // all reads, before other partial results take the same memory
           }
         }
         return;
@@ -171,9 +190,14 @@ struct LongWindow {
   __device__ __forceinline__ void store_prefixes(const Own& own, Fetch&& fetch, uint32_t counted,
                                                  uint32_t stored, int first_open,
                                                  const Partial<kVector>& before) const {
-    const auto part = [&](int group, int i) {
-      return &smem.partials[group][i * T::kColumns + lane_column];
-    };
+    Prefix open[kVector];
+    find_prefix(before, open);
+    own.store_prefixes(fetch, 0, counted, stored, stored, first_open, open);
+    __syncthreads();  // all reads, before other partial results take the same memory
+  }
+  // The prefix of what the row groups before this one hold, and of these rows of its own.
+  __device__ __forceinline__ void find_prefix(const Partial<kVector>& before,
+                                              Prefix (&prefix)[kVector]) const {
     store(part(row_group, 0), partial.max);
     store(part(row_group, 1), partial.sum);
     store(part(row_group, 2), partial.weighted);
@@ -181,20 +205,21 @@ struct LongWindow {
     Partial<kVector> open;
 #pragma unroll
     for (int g = 0; g < T::kRowGroups - 1; ++g) {
-      Partial<kVector> other;
-      if (g < row_group) {
-        other.max = load<float, kVector>(part(g, 0));
-        other.sum = load<float, kVector>(part(g, 1));
-        other.weighted = load<float, kVector>(part(g, 2));
-      }
-      open.add(other);
+      open.add(g < row_group ? kept_partial(g) : Partial<kVector>{});
     }
     open.add(before);
-    Prefix prefix[kVector];
 #pragma unroll
     for (int v = 0; v < kVector; ++v) prefix[v] = prefix_of(open, v);
-    own.store_prefixes(fetch, 0, counted, stored, stored, first_open, prefix);
-    __syncthreads();  // all reads, before other partial results take the same memory
+  }
+  __device__ __forceinline__ float* part(int group, int i) const {
+    return &smem.partials[group][i * T::kColumns + lane_column];
+  }
+  __device__ __forceinline__ Partial<kVector> kept_partial(int group) const {
+    Partial<kVector> kept;
+    kept.max = load<float, kVector>(part(group, 0));
+    kept.sum = load<float, kVector>(part(group, 1));
+    kept.weighted = load<float, kVector>(part(group, 2));
+    return kept;
   }
 };
 
@@ -202,9 +227,11 @@ struct LongWindow {
 // The CTAs of a request's last slot also store the rows of the window that it leaves open. A record
 // is made by the first CTA of the slot's cluster, to which the others send their values; or, if
 // `slices_per_cta` is all of them, by one CTA after it went through them.
-template <class Config, StateFormat kFormat, bool kRecords>
+//
+// kStoresAll, on a state of prefixes, is a kernel of its own: the other one would be slower for it.
+template <class Config, StateFormat kFormat, bool kRecords, bool kStoresAll>
 struct RaggedLong {
-  using Window = LongWindow<Config, kFormat>;
+  using Window = LongWindow<Config, kFormat, kStoresAll>;
   using T = typename Window::T;
   using Rows = typename Window::Rows;
   static constexpr int R = Config::kRatio, D = Config::kHeadDim;

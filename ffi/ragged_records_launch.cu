@@ -25,8 +25,9 @@ bool launch_ragged_pair(cudaStream_t stream, const RaggedRecordsCall& a,
     using Indexer = Config<IndexerKind, Types>;
     using Body = RaggedShort<Main, StateFormat::kRaw, true>;
     constexpr int kLanes = Body::T::kLanes + ShortTile<Indexer>::kLanes;
-    const int64_t geometry = slots_of_walker<Body>(
-        int64_t{main.params.num_groups} * main.params.num_windows * kLanes, main.params.rule);
+    const int64_t geometry =
+        slots_of_walker<Body>(int64_t{main.params.num_groups} * main.params.num_windows * kLanes,
+                              main.params.rule, main.state_format);
     return visit_ragged_format<Indexer, true>(
                indexer.params, indexer.state_format, records_of(indexer), geometry,
                [&](auto first, const auto& first_params) {

@@ -411,10 +411,11 @@ struct Neighbours {
   }
 
   // Of a window all of whose rows are new: whether there is no more to them than to add them, and
-  // on a raw state to store some side by side.
-  __device__ __forceinline__ bool is_simple(bool may_store) const {
+  // to store some side by side; on a state of prefixes, if all rows of the call are stored.
+  __device__ __forceinline__ bool is_simple(bool may_store, bool stores_all) const {
     if (!may_store) return true;
-    return Rows::kFormat == StateFormat::kRaw && one_page && (!rows.p.rule.all || first.exists());
+    if (Rows::kFormat == StateFormat::kPrefix && !stores_all) return false;
+    return one_page && (!stores_all || first.exists());
   }
 
   template <int kCount>
@@ -510,19 +511,31 @@ struct Neighbours {
     auto next_bias = bias_at(first_open, half);
 #pragma unroll 1
     for (int j = first_open; merged >> j != 0; ++j) {
-      Stored row = rows.as_stored(next, next_bias);
+      const Stored row = rows.as_stored(next, next_bias);
       next = fetch(min(j + 1, end - 1), j + 1 < end);
       next_bias = bias_at(min(j + 1, end - 1), half);
-#pragma unroll
-      for (int v = 0; v < kRaggedVector; ++v) {
-        if (counted >> j & 1) {
-          open[v] = merge(open[v], {to_f32(row.score.x[v]), to_f32(row.kv.x[v])});
-        }
-        row.score.x[v] = round_to<typename Rows::State>(open[v].lse);
-        row.kv.x[v] = round_to<typename Rows::State>(open[v].mean);
-      }
-      if (stored >> j & 1) rows.store_row(place_of(j), half, row);
+      if (counted >> j & 1) merge_into(open, row);
+      if (stored >> j & 1) rows.store_row(place_of(j), half, as_row(open));
     }
+  }
+  // Merges a row into the prefix of those before it; kIsFirst: there are none.
+  template <bool kIsFirst = false>
+  static __device__ __forceinline__ void merge_into(Prefix (&open)[kRaggedVector],
+                                                    const Stored& row) {
+#pragma unroll
+    for (int v = 0; v < kRaggedVector; ++v) {
+      const Prefix own = {to_f32(row.score.x[v]), to_f32(row.kv.x[v])};
+      open[v] = kIsFirst ? merge_first(own) : merge(open[v], own);
+    }
+  }
+  static __device__ __forceinline__ Stored as_row(const Prefix (&open)[kRaggedVector]) {
+    Stored row;
+#pragma unroll
+    for (int v = 0; v < kRaggedVector; ++v) {
+      row.score.x[v] = round_to<typename Rows::State>(open[v].lse);
+      row.kv.x[v] = round_to<typename Rows::State>(open[v].mean);
+    }
+    return row;
   }
 
  private:

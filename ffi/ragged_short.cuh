@@ -170,6 +170,24 @@ struct ShortWindows {
     rows.template add_whole<R, kAreFirst>(row, biases, half, stored, place, partial);
   }
 
+  // Stores the prefixes of all rows of a window; returns the last one, which stands for all of
+  // them.
+  __device__ __forceinline__ typename Rows::Stored store_prefixes(
+      const RowVector<typename Config::KvScore> (&row)[R], int half, const Place& first) const {
+    Prefix open[kVector];
+#pragma unroll
+    for (int j = 0; j < R; ++j) {
+      const auto own = rows.as_stored(row[j], smem.biases[half][j][threadIdx.x]);
+      if (j == 0) {
+        Own::template merge_into<true>(open, own);
+      } else {
+        Own::merge_into(open, own);
+      }
+      rows.store_row(first + j, half, Own::as_row(open));
+    }
+    return Own::as_row(open);
+  }
+
   // Of a window that is not plain: adds its rows to its own value, and stores those that are to be
   // stored; `before`: what it adds to the next one's value.
   __device__ __forceinline__ void add_other(int& number, int32_t window, bool has_own,
@@ -180,7 +198,8 @@ struct ShortWindows {
     Own own(rows, window * R);
     if (may_store || own.first_new > 0 || rows.p.rule.all) own.find_places();
     const uint32_t stored = may_store ? own.stored() : 0;
-    const bool is_simple = rows.is_whole(window) && own.is_simple(may_store || rows.p.rule.all);
+    const bool is_simple =
+        rows.is_whole(window) && own.is_simple(may_store || rows.p.rule.all, rows.p.rule.all);
     const uint32_t counted = is_simple ? 0 : own.counted();
 #pragma unroll 1
     for (int position = 0; position < kHalves; ++position) {
@@ -199,7 +218,11 @@ struct ShortWindows {
 #pragma unroll
         for (int j = 0; j < R; ++j) row[j] = unit[j];
         copy_next();
-        if (is_for_value || is_for_next || stored != 0) {
+        const bool is_added = is_for_value || is_for_next;
+        if (kFormat == StateFormat::kPrefix && stored != 0) {
+          const auto last = store_prefixes(row, half, own.first);
+          if (is_added) Own::template add<1>(&last, sum);
+        } else if (is_added || stored != 0) {
           add_whole(row, half, stored, own.first, sum);
         }
       } else {

@@ -103,6 +103,9 @@ struct RecordGeometriesOf<Kind<kHeadDim, 128, false>> {
 // Of a ragged batch, short windows, most of whose rows are not stored: so many CTAs of walkers are
 // on an SM, all at once, and each walks as many slots as that takes.
 inline constexpr int kWalkerCtas = 2, kWalkerCtasOfRecords = 3;
+// Where all rows are stored a walker has no more slots than these; but of records on a state of
+// prefixes, as many as that takes.
+inline constexpr int kStoringSlotsOfRaw = 3, kStoringSlotsOfPrefix = 2;
 // CTAs of requests come before those of walkers that have at most so many slots, as they take
 // longer. They come behind walkers of more: before those they would leave them unevenly placed,
 // three on one SM and one on another.
