@@ -277,7 +277,8 @@ def store_records(
         place, without a copy.
       norm_weight: ``[D]`` f32, or ``None``: no norm.
       cos_sin_cache: ``[max_position, 64]`` f32, the engine's table, or ``None``: no rotation.
-      rms_norm_eps: added to the mean square, inside the root.
+      rms_norm_eps: added to the mean square, inside the root. Less than the least normal f32,
+        1.2e-38, counts as that: a record of zeros has a root, too.
       rope_layout: of a table's row: ``"halves"``: 32 cosines, then 32 sines (vLLM, TensorRT-LLM);
         ``"interleaved"``: cosine, sine, cosine, ... (SGLang).
       hadamard: whether to transform, as the indexer's records need; D a power of two.
@@ -338,13 +339,15 @@ def check_record_options(
     eps = rms_norm_eps
     is_number = isinstance(eps, (int, float, np.floating, np.integer)) and not isinstance(eps, bool)
     if not is_number or not 0 <= eps <= _F32_MAX:
-        raise ValueError(f"rms_norm_eps: expected a static number of at least 0, got {eps!r}")
+        raise ValueError(
+            f"rms_norm_eps: expected a static number of f32, of at least 0, got {eps!r}"
+        )
     _check.choice("rope_layout", rope_layout, ROPE_LAYOUTS)
     if not isinstance(hadamard, (bool, np.bool_)):
         raise TypeError(f"hadamard: expected True or False, static, got {hadamard!r}")
     _check.choice("rounding", rounding, _ROUNDINGS)
     return {
-        "rms_norm_eps": max(float(eps), _F32_TINY),  # a record of zeros has a root, too
+        "rms_norm_eps": max(float(eps), _F32_TINY),
         "rope_layout": rope_layout,
         "hadamard": bool(hadamard),
         "rounding": rounding or ("none" if hadamard else "once"),

@@ -743,7 +743,28 @@ def test_the_command_names_what_is_wrong_with_its_prompts(lines, text, tmp_path,
         file.write_text(lines)
     assert command_line.main(["--prompts", str(file)]) == 2
     out, err = capsys.readouterr()
-    assert err.startswith(f"--prompts {file}, after ") and text in err and not out
+    assert err.startswith(f"error: --prompts {file}, after ") and text in err and not out
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["--groups", "1000"], "groups: expected at most"),
+        (["--records", "fp8_ds_mla", "fp8"], "record_formats: "),
+        (["--checkpoint", "/no/such/folder"], "/no/such/folder"),
+    ],
+)
+def test_the_command_names_a_wrong_option(arguments, text, capsys):
+    assert command_line.main([*arguments, "--max-tokens", "1"]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and text in err and not out
+
+
+def test_a_folder_for_a_profile_that_cannot_be_made_is_known_before_the_run(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        command_line.main(["--trace", "/dev/null/profile"])
+    assert exit_info.value.code == 2
+    assert "argument --trace: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("max_len", [2, 20])

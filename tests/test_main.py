@@ -324,6 +324,21 @@ def test_a_wrong_option_is_named(capsys, arguments):
     assert f"argument {arguments[0]}: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["--batch", "99999999999"], ["--page-size", "2147483648"], ["--page-size", "2147483647"],
+     ["--prompt", "99999999999"]],
+)  # fmt: skip
+def test_caches_that_no_machine_has_room_for_are_a_wrong_option(capsys, one_layer_each, arguments):
+    assert cli.main([*TINY, *arguments]) == cli.WRONG_OPTION
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1].startswith("error: ") and arguments[0] in err[-1]
+
+
+def test_a_chunk_longer_than_every_prompt_has_room_for_these(capsys, one_layer_each):
+    assert run_tiny(capsys, "--prompt", "10,300", "--chunk", "1000000000")[0] == 0
+
+
 def test_ctrl_c_ends_the_run_without_a_traceback(capsys, monkeypatch, one_layer_each):
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -339,7 +354,9 @@ def test_the_help_lists_every_exit_status(capsys):
     assert exit_info.value.code == 0
     _, statuses = " ".join(capsys.readouterr().out.split()).split("Exit status: ")
     listed = [int(part.split()[0]) for part in statuses.split("; ")]
-    assert listed == sorted({*cli.STATUS.values(), 2, cli.INTERRUPTED, cli.PIPE_CLOSED})
+    assert listed == sorted(
+        {*cli.STATUS.values(), cli.WRONG_OPTION, cli.INTERRUPTED, cli.PIPE_CLOSED}
+    )
 
 
 def test_output_into_a_pipe_that_is_closed_ends_the_run_without_a_traceback():

@@ -18,7 +18,7 @@ from examples.engine import golden, measure
 from examples.engine.server import Engine, Options, Request, look_up, name_step
 from examples.engine.weights import load_checkpoint, load_tiny
 from jax_dsv4 import RECORD_FORMATS, STATE_FORMATS
-from jax_dsv4.demo.cli import at_least
+from jax_dsv4.demo.cli import OptionError, at_least, run_command
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -49,7 +49,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--implementation", choices=("ffi", "xla"), help="of the compressors; default: compiled")
     add("--seed", type=at_least(0), default=0)
     add("--quiet", action="store_true", help="print no tokens")
-    add("--trace", metavar="FOLDER", help="write a profile of a few steps, for ui.perfetto.dev")
+    add(
+        "--trace",
+        metavar="FOLDER",
+        type=new_folder,
+        help="write a profile of a few steps, for ui.perfetto.dev",
+    )
     add("--check", action="store_true", help="compare with the golden run, and exit")
     add("--bench", action="store_true", help="time steps of Flash's attention shapes, and exit")
     options = parser.parse_args(arguments)
@@ -59,6 +64,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             f"got {options.max_len}"
         )
     return options
+
+
+def new_folder(text: str) -> pathlib.Path:
+    """An argparse type: a folder that is made if it is not there, before the run."""
+    path = pathlib.Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return path
 
 
 def read_prompts(options: argparse.Namespace, vocab: int) -> list[list[int]]:
@@ -88,8 +103,8 @@ def check() -> int:
     return 0 if right else 1
 
 
-def serve(options: argparse.Namespace) -> int:
-    """Read or make prompts, and stream what follows; the exit status."""
+def make_engine(options: argparse.Namespace) -> Engine:
+    """An engine with the checkpoint's weights, or the tiny model's."""
     if options.checkpoint:
         config, params = load_checkpoint(options.checkpoint, max_len=options.max_len)
     else:
@@ -97,22 +112,28 @@ def serve(options: argparse.Namespace) -> int:
     names = ("batch", "max_len", "chunk", "drafts", "state_format", "implementation")
     own = {name: getattr(options, name) for name in names}
     own["dtype"] = params["embed_tokens.weight"].dtype
-    draft = functools.partial(look_up, ngram=2)
-    engine = Engine(
+    return Engine(
         config,
         params,
         Options(**own, record_formats=tuple(options.records)),
-        draft=draft,
+        draft=functools.partial(look_up, ngram=2),
         groups=options.groups,
     )
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Read or make prompts, and stream what follows; the exit status."""
+    try:
+        engine = make_engine(options)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise OptionError(error) from error
     requests: list[Request] = []
     try:
-        for prompt in read_prompts(options, config.vocab_size):
+        for prompt in read_prompts(options, engine.config.vocab_size):
             requests.append(engine.submit(prompt, options.max_tokens))
     except (OSError, ValueError) as error:
         where = f"--prompts {options.prompts}, after {len(requests)} prompts: "
-        print(f"{where if options.prompts else ''}{error}", file=sys.stderr)
-        return 2
+        raise OptionError(f"{where if options.prompts else ''}{error}") from error
     start = time.perf_counter()
     engine.warm_up()
     seconds, device = time.perf_counter() - start, jax.devices()[0].device_kind
@@ -162,10 +183,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.check or not (options.bench or options.checkpoint):
         jax.config.update("jax_default_matmul_precision", "highest")  # f32 that is f32 on a GPU
     if options.check:
-        return check()
+        return run_command(check)
     if options.bench:
-        return measure.bench()
-    return serve(options)
+        return run_command(measure.bench)
+    return run_command(lambda: serve(options))
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def bench() -> int:
 # --- Profiles ---------------------------------------------------------------------------------
 
 
-def write_trace(engine: Engine, folder: str) -> pathlib.Path:
+def write_trace(engine: Engine, folder: str | pathlib.Path) -> pathlib.Path:
     """A profile of a few steps, for ui.perfetto.dev; our calls have their own names in it."""
     max_len = engine.options.max_len
     new = min(8, max_len - 1)

@@ -502,6 +502,10 @@ class Engine:
                 f"max_len: expected at most {tables}, as the weights' tables have, "
                 f"got {options.max_len}"
             )
+        if groups is not None and groups > jax.device_count():
+            raise ValueError(
+                f"groups: expected at most {jax.device_count()}, as there are devices, got {groups}"
+            )
         self.config, self.options = config, options
         self.groups = [Group(options, draft) for _ in range(groups or 1)]
         self.waiting: collections.deque[Request] = collections.deque()
@@ -518,6 +522,10 @@ class Engine:
                 record_formats=options.record_formats,
             )
 
+        try:
+            jax.eval_shape(init, None)
+        except ValueError as error:
+            raise ValueError(f"state_format, record_formats: {error}") from error
         self.mesh = None if groups is None else jax.make_mesh((groups,), ("data",))
         if self.mesh is None:
             self.params, self.caches = params, init(None)

@@ -31,14 +31,27 @@ from jax_dsv4.demo.scheduler import Plan, Scheduler, Span, Traffic, find_resume_
 from jax_dsv4.demo.timing import REPLAYED_STEPS, measure_seconds_per_call
 
 BATCH, STEPS = {"cpu": 8, "gpu": 64}, {"cpu": 256, "gpu": 512}  # defaults, by platform
-STATUS = {"OK": 0, "MISMATCH": 1, "INCOMPLETE": 3}  # by verdict; a wrong option is argparse's 2
+STATUS = {"OK": 0, "MISMATCH": 1, "INCOMPLETE": 3}  # by verdict
+WRONG_OPTION = 2  # as argparse has it
 INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + the signal's number, as shells have it
+
+
+class OptionError(Exception):
+    """Options that the command line took are too large together."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; the exit status."""
+    return run_command(lambda: STATUS[run(parse(arguments))])
+
+
+def run_command(command: Callable[[], int]) -> int:
+    """Run a command that returns its exit status; or the status of how it was ended."""
     try:
-        return STATUS[run(parse(arguments))]
+        return command()
+    except OptionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_OPTION
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
@@ -61,12 +74,18 @@ def run(options: argparse.Namespace) -> str:
         every = find_resume_every(options.page_size)
         attributes["store_rows"] = live(max_rewind=options.next_n - 1, resume_every=every)
     rng = np.random.default_rng(options.seed)
-    scheduler = make_scheduler(model, options, rng)
+    try:
+        scheduler = make_scheduler(model, options, rng)
+        caches = {x.name: init_layers(x, scheduler.pages[x.name]) for x in model}
+    except (ValueError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        sizes = "--batch, --next-n, --page-size, --prompt, --chunk"
+        raise OptionError(f"{sizes}: no caches of this size: {error}") from error
     host_weights = {
         layers.name: make_weights(layers, rng, scheduler.traffic.longest) for layers in model
     }
     weights = jax.device_put(host_weights)
-    decoded = decode(model, scheduler, make_step(model, **attributes), weights, options.steps)
+    step = make_step(model, **attributes)
+    decoded = decode(model, scheduler, step, caches, weights, options.steps)
     seconds = sum(map(sum, decoded.step_seconds.values()))
     figures["decoding"] = report.show_decoding(scheduler, options.steps, seconds)
     if options.prompt:
@@ -126,11 +145,14 @@ def decode(
     model: Sequence[Layers],
     scheduler: Scheduler,
     step: Callable[..., Any],
+    caches: dict[str, CompressorCache],
     weights: dict[str, Weights],
     num_steps: int,
 ) -> Decoded:
-    """The loop: plan a step while the device works on the one before, then start it."""
-    caches = {layers.name: init_layers(layers, scheduler.pages[layers.name]) for layers in model}
+    """The loop: plan a step while the device works on the one before, then start it.
+
+    The caches that it is given are donated.
+    """
     samples: dict[str, list[Sample]] = {layers.name: [] for layers in model}
 
     # With prompts, pools are so large that most of the time is the check's: the clock stops for it.
@@ -205,9 +227,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--prompt they bring prompts, which go in chunks through the same ragged batches. "
         "Compares records with float64; reports speed and memory.",
         epilog="Exit status: 0 if all records that were compared are right, and no other byte has "
-        "changed; 1 if not; 2 for a wrong option; 3 if a kind of layer completed no window to "
-        "compare (check: INCOMPLETE); 130 if interrupted; 141 if the reader of the output went "
-        "away.",
+        "changed; 1 if not, or after an error; 2 for a wrong option; 3 if a kind of layer "
+        "completed no window to compare (check: INCOMPLETE); 130 if interrupted; 141 if the "
+        "reader of the output went away.",
     )
     platform = "cpu" if jax.default_backend() == "cpu" else "gpu"
     by_platform = "(default: {cpu} on a CPU, {gpu} on a GPU)"

@@ -34,7 +34,7 @@ class Traffic(NamedTuple):
     @property
     def room(self) -> int:
         """The most rows that all prompts bring per step."""
-        return CHUNKS * self.chunk if self.prompts else 0
+        return CHUNKS * min(self.chunk, max(self.prompts)) if self.prompts else 0
 
     def count_record_pages(self, batch: int) -> int:
         """Pages of records for as many requests as there are slots, or prompts."""
