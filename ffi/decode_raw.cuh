@@ -228,16 +228,34 @@ __device__ void write_row(const ParamsOf<Config>& p, const Request<Config>& r, i
   }
 }
 
+// What a row group of a CTA holds of one slice of a window, of a thread's channels, in shared
+// memory.
+template <class T>
+__device__ __forceinline__ void store_partial(float (&partials)[T::kRowGroups][T::kPartialStride],
+                                              int row_group, const Partial<T::kVector>& partial) {
+  float* const to = partials[row_group] + threadIdx.x % T::kLanes * T::kVector;
+  store(to, partial.max);
+  store(to + T::kColumns, partial.sum);
+  store(to + 2 * T::kColumns, partial.weighted);
+}
+template <class T>
+__device__ __forceinline__ Partial<T::kVector> load_partial(
+    const float (&partials)[T::kRowGroups][T::kPartialStride], int row_group) {
+  const float* const from = partials[row_group] + threadIdx.x % T::kLanes * T::kVector;
+  Partial<T::kVector> partial;
+  partial.max = load<float, T::kVector>(from);
+  partial.sum = load<float, T::kVector>(from + T::kColumns);
+  partial.weighted = load<float, T::kVector>(from + 2 * T::kColumns);
+  return partial;
+}
+
 // Merges what the row groups of a CTA hold of one slice of a window; emits the slice's values, each
 // by one thread. Each is called by every thread with its own part. `wait`: for all of them.
 template <class T, class Wait, class Emit>
 __device__ __forceinline__ void merge_row_groups(
     float (&partials)[T::kRowGroups][T::kPartialStride], const Partial<T::kVector>& partial,
     int row_group, Wait&& wait, Emit&& emit) {
-  float* mine = partials[row_group] + threadIdx.x % T::kLanes * T::kVector;
-  store(mine, partial.max);
-  store(mine + T::kColumns, partial.sum);
-  store(mine + 2 * T::kColumns, partial.weighted);
+  store_partial<T>(partials, row_group, partial);
   wait();  // the partial results of every row group, before any thread merges them
   constexpr int kPerThread = T::kRowGroups / T::kMergers;
   const int first = threadIdx.x % T::kMergers;

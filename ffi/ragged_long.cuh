@@ -69,7 +69,6 @@ struct LongWindow {
   SharedPlan& smem;
   const Rows& rows;
   const int row_group = threadIdx.x / T::kLanes;
-  const int lane_column = threadIdx.x % T::kLanes * kVector;
   Partial<kVector> partial;
 
   __device__ __forceinline__ LongWindow(SharedPlan& smem, const Rows& rows)
@@ -135,7 +134,7 @@ struct LongWindow {
                 rows.store_row(own.first + (first + j), 0, Own::as_row(open));
               }
             }
-            partial = kept_partial(row_group);
+            partial = load_partial<T>(smem.partials, row_group);
             __syncthreads();  // all reads, before other partial results take the same memory
           }
         }
@@ -198,28 +197,16 @@ struct LongWindow {
   // The prefix of what the row groups before this one hold, and of these rows of its own.
   __device__ __forceinline__ void find_prefix(const Partial<kVector>& before,
                                               Prefix (&prefix)[kVector]) const {
-    store(part(row_group, 0), partial.max);
-    store(part(row_group, 1), partial.sum);
-    store(part(row_group, 2), partial.weighted);
+    store_partial<T>(smem.partials, row_group, partial);
     __syncthreads();  // all row groups' rows, before they are added
     Partial<kVector> open;
 #pragma unroll
     for (int g = 0; g < T::kRowGroups - 1; ++g) {
-      open.add(g < row_group ? kept_partial(g) : Partial<kVector>{});
+      open.add(g < row_group ? load_partial<T>(smem.partials, g) : Partial<kVector>{});
     }
     open.add(before);
 #pragma unroll
     for (int v = 0; v < kVector; ++v) prefix[v] = prefix_of(open, v);
-  }
-  __device__ __forceinline__ float* part(int group, int i) const {
-    return &smem.partials[group][i * T::kColumns + lane_column];
-  }
-  __device__ __forceinline__ Partial<kVector> kept_partial(int group) const {
-    Partial<kVector> kept;
-    kept.max = load<float, kVector>(part(group, 0));
-    kept.sum = load<float, kVector>(part(group, 1));
-    kept.weighted = load<float, kVector>(part(group, 2));
-    return kept;
   }
 };
 

@@ -200,24 +200,14 @@ struct WideWindow {
   // Adds row after row to what the row groups before this one hold, and stores the rows that are to
   // be stored.
   __device__ __forceinline__ void store_prefixes(int32_t base, const Open& open) const {
-    const int lane_column = threadIdx.x % T::kLanes * kVector;
-    const auto part = [&](int group, int i) {
-      return &smem.partials[group][i * T::kColumns + lane_column];
-    };
-    store(part(row_group, 0), partial.max);
-    store(part(row_group, 1), partial.sum);
-    store(part(row_group, 2), partial.weighted);
+    store_partial<T>(smem.partials, row_group, partial);
     __syncthreads();  // all row groups' rows, before they are added
     if (open.first >= 0) {
       Partial<kVector> before = open.before;
 #pragma unroll
       for (int g = 0; g < T::kRowGroups - 1; ++g) {
         if (g >= row_group) break;
-        Partial<kVector> other;
-        other.max = load<float, kVector>(part(g, 0));
-        other.sum = load<float, kVector>(part(g, 1));
-        other.weighted = load<float, kVector>(part(g, 2));
-        before.add(other);
+        before.add(load_partial<T>(smem.partials, g));
       }
       Prefix prefix[kVector];
 #pragma unroll
