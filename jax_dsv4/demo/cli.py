@@ -37,7 +37,7 @@ INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + the signal's number, as shells have
 
 
 class OptionError(Exception):
-    """Options that the command line took are too large together."""
+    """A wrong option, found after the command line was parsed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
