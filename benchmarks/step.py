@@ -41,11 +41,14 @@ Three times, in microseconds:
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import itertools
 import json
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -140,7 +143,8 @@ def make_table(kind: Kind, batch: int, format: str) -> tuple[np.ndarray, int]:
 def make_record_table(kind: Kind, batch: int) -> tuple[np.ndarray, int]:
     """The same for records. A step completes no more than one window of a request."""
     options = {"compress_ratio": kind.ratio, "next_n": NEXT_N}
-    (windows,) = completed_windows(make_lengths(batch), **options).window.T
+    with jax.ensure_compile_time_eval():  # also where only shapes are asked for
+        (windows,) = np.asarray(completed_windows(make_lengths(batch), **options).window).T
     (requests,) = np.nonzero(windows >= 0)
     table = np.full((batch, -(-LAST // kind.ratio // RECORD_PAGE_SIZE)), -1, np.int32)
     pages = np.random.default_rng(0).permutation(len(requests))
@@ -271,6 +275,25 @@ def make_program(steps: int, variant: str) -> Callable[..., Any]:
     return jax.jit(program, donate_argnums=0)
 
 
+def compile_ahead(points: Sequence[Point], folder: str) -> None:
+    """Compile the programs of all points, side by side, into JAX's cache of programs."""
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+    def compile(point: Point, steps: int) -> None:
+        operands = jax.eval_shape(partial(make_operands, point))
+        make_program(steps, point.variant).lower(*operands).compile()
+
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        started = [
+            threads.submit(compile, point, steps)
+            for point in points
+            for steps in (MANY_STEPS[point.variant], 1)
+        ]
+        for future in started:
+            future.result()
+
+
 def measure(point: Point, runs: int) -> dict[str, float]:
     """Microseconds: medians."""
     caches, inputs = jax.block_until_ready(make_operands(point))
@@ -340,8 +363,12 @@ def main() -> None:
     titles = "format", "B", "layout", "calls", "records", "step", "dispatch", "GPU"
     line = "{:8} {:>4} {:8} {:9} {:8} {:>9} {:>9} {:>9}"
     print(line.format(*titles), flush=True)
-    with open(args.out, "a") as out:
-        for point in list_points(args):
+    points = list(list_points(args))
+    with open(args.out, "a") as out, tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        compile_ahead(points, folder)
+        print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
+        for point in points:
             calls = sum(kinds[0].layers for kinds in FUSED)
             if point.variant != "fused":
                 calls = sum(kind.layers for kind in KINDS)
