@@ -518,14 +518,13 @@ struct Neighbours {
       if (stored >> j & 1) rows.store_row(place_of(j), half, as_row(open));
     }
   }
-  // Merges a row into the prefix of those before it; kIsFirst: there are none.
-  template <bool kIsFirst = false>
+  // Merges a row into the prefix of those before it, if there are any.
   static __device__ __forceinline__ void merge_into(Prefix (&open)[kRaggedVector],
-                                                    const Stored& row) {
+                                                    const Stored& row, bool is_first = false) {
 #pragma unroll
     for (int v = 0; v < kRaggedVector; ++v) {
       const Prefix own = {to_f32(row.score.x[v]), to_f32(row.kv.x[v])};
-      open[v] = kIsFirst ? merge_first(own) : merge(open[v], own);
+      open[v] = is_first ? merge_first(own) : merge(open[v], own);
     }
   }
   static __device__ __forceinline__ Stored as_row(const Prefix (&open)[kRaggedVector]) {

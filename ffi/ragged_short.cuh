@@ -177,12 +177,8 @@ struct ShortWindows {
     Prefix open[kVector];
 #pragma unroll
     for (int j = 0; j < R; ++j) {
-      const auto own = rows.as_stored(row[j], smem.biases[half][j][threadIdx.x]);
-      if (j == 0) {
-        Own::template merge_into<true>(open, own);
-      } else {
-        Own::merge_into(open, own);
-      }
+      const auto& bias = smem.biases[half][j][threadIdx.x];
+      Own::merge_into(open, rows.as_stored(row[j], bias), /*is_first=*/j == 0);
       rows.store_row(first + j, half, Own::as_row(open));
     }
     return Own::as_row(open);
