@@ -39,23 +39,41 @@ JAX_DSV4_HD float add_log1p(float x, float y) {
   return multiply_add(p, x, y);
 }
 
-// Merges two sets of rows. The mean moves from the heavier set's towards the other's, which is
-// exact where one has no weight, and where both means are equal. As in a softmax over the rows, a
-// score of +inf gives NaN, and so does an infinite kv of weight 0. From token to token only the
-// logsumexp is a chain: the means follow beside it.
-JAX_DSV4_HD Prefix merge(const Prefix& a, const Prefix& b) {
+// Two sets of rows, a and b, as their logsumexps compare.
+struct Balance {
+  float difference;  // of b's to a's
+  float ratio;       // of the lighter set's weight to the heavier's
+  float high;        // the higher logsumexp, or NaN
+};
+JAX_DSV4_HD Balance weigh(float lse_a, float lse_b) {
   constexpr float kFar = 200.0f;  // exp(-kFar) is 0; also the distance from -inf to -inf
-  const float difference = b.lse - a.lse, distance = std::fabs(difference);
-  const float ratio = fast_exp(-(distance < kFar ? distance : kFar));  // of their weights
-  const float high = max_or_nan(a.lse, b.lse);
-  const float zero_or_nan = 0.0f * max_or_nan(high, -kMaxFloat);
-  const float weight = fast_quotient(ratio, 1.0f + ratio) + zero_or_nan;  // of `light`
-  const float heavy = difference > 0 ? b.mean : a.mean, light = difference > 0 ? a.mean : b.mean;
+  const float difference = lse_b - lse_a, distance = std::fabs(difference);
+  const float ratio = fast_exp(-(distance < kFar ? distance : kFar));
+  return {difference, ratio, max_or_nan(lse_a, lse_b)};
+}
+
+JAX_DSV4_HD float merge_lse(const Balance& of) { return add_log1p(of.ratio, of.high); }
+
+// The mean moves from the heavier set's towards the other's, which is exact where one has no
+// weight, and where both means are equal. As in a softmax over the rows, a score of +inf gives NaN,
+// and so does an infinite kv of weight 0.
+JAX_DSV4_HD float merge_means(const Balance& of, float mean_a, float mean_b) {
+  const float zero_or_nan = 0.0f * max_or_nan(of.high, -kMaxFloat);
+  const float weight = fast_quotient(of.ratio, 1.0f + of.ratio) + zero_or_nan;  // of `light`
+  const float heavy = of.difference > 0 ? mean_b : mean_a;
+  const float light = of.difference > 0 ? mean_a : mean_b;
   const float difference_of_means = light - heavy;
-  const float mean = std::isfinite(difference_of_means)
-                         ? multiply_add(difference_of_means, weight, heavy)
-                         : multiply_add(light, weight, heavy * (1.0f - weight));
-  return {add_log1p(ratio, high), mean};
+  return std::isfinite(difference_of_means)
+             ? multiply_add(difference_of_means, weight, heavy)
+             : multiply_add(light, weight, heavy * (1.0f - weight));
+}
+
+// Merges two sets of rows. From token to token only the logsumexp is a chain: the means follow
+// beside it.
+JAX_DSV4_HD Prefix merge(const Prefix& a, const Prefix& b) {
+  const Balance balance = weigh(a.lse, b.lse);
+  const float mean = merge_means(balance, a.mean, b.mean);
+  return {merge_lse(balance), mean};
 }
 
 // merge(Prefix{}, first), on a CPU to the bit.

@@ -220,18 +220,35 @@ void put_value(const Sums<Config::kHeadDim> (&parts)[kRowParts<Config>], Channel
 // -------------------------------------------------------------------------------------- prefixes
 
 // Merges a row, the first of them or another one, while `place_lse` and `place_mean`, where the
-// result will be stored, are on their way from memory.
+// result will be stored, are on their way from memory. In two loops: one chain of everything is
+// longer than what a core looks ahead.
 template <class Row, bool kIsFirst>
 void merge_row(Row row, int count, const float* place_lse, const float* place_mean,
                float* __restrict lse, float* __restrict mean) {
-  for (int first = 0; first < count; first += kChannelsAtOnce) {
+  constexpr int kAtOnce = kChannelsAtOnce;
+  for (int first = 0; first < count; first += kAtOnce) {
     prefetch<Cache::kL1>(place_lse + first);
     prefetch<Cache::kL1>(place_mean + first);
-    for (int c = first; c < first + kChannelsAtOnce; ++c) {
-      const Prefix own = {to_f32(row.score_at(c)), to_f32(row.kv_at(c))};
-      const Prefix merged = kIsFirst ? merge_first(own) : merge({lse[c], mean[c]}, own);
-      lse[c] = merged.lse;
-      mean[c] = merged.mean;
+    if constexpr (kIsFirst) {
+      for (int c = first; c < first + kAtOnce; ++c) {
+        const Prefix merged = merge_first({to_f32(row.score_at(c)), to_f32(row.kv_at(c))});
+        lse[c] = merged.lse;
+        mean[c] = merged.mean;
+      }
+    } else {
+      alignas(64) float difference[kAtOnce], ratio[kAtOnce], high[kAtOnce];
+      for (int i = 0; i < kAtOnce; ++i) {
+        const Balance balance = weigh(lse[first + i], to_f32(row.score_at(first + i)));
+        difference[i] = balance.difference;
+        ratio[i] = balance.ratio;
+        high[i] = balance.high;
+      }
+      for (int i = 0; i < kAtOnce; ++i) {
+        const Balance balance = {difference[i], ratio[i], high[i]};
+        const int c = first + i;
+        lse[c] = merge_lse(balance);
+        mean[c] = merge_means(balance, mean[c], to_f32(row.kv_at(c)));
+      }
     }
   }
 }
