@@ -143,8 +143,8 @@ run_sanitize() {
   for tool in memcheck racecheck; do
     start_tests sanitize_shard kernels "$tool" \
       compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 9
+    finish # one tool beside the other fails to track launches more often
   done
-  finish
 }
 
 # Padding between the buffers: without it, the next one may hide that one is overrun.

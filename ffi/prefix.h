@@ -63,9 +63,8 @@ JAX_DSV4_HD float merge_means(const Balance& of, float mean_a, float mean_b) {
   const float heavy = of.difference > 0 ? mean_b : mean_a;
   const float light = of.difference > 0 ? mean_a : mean_b;
   const float difference_of_means = light - heavy;
-  return std::isfinite(difference_of_means)
-             ? multiply_add(difference_of_means, weight, heavy)
-             : multiply_add(light, weight, heavy * (1.0f - weight));
+  return std::isfinite(difference_of_means) ? multiply_add(difference_of_means, weight, heavy)
+                                            : multiply_add(light, weight, heavy * (1.0f - weight));
 }
 
 // Merges two sets of rows. From token to token only the logsumexp is a chain: the means follow

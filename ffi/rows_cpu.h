@@ -219,36 +219,43 @@ void put_value(const Sums<Config::kHeadDim> (&parts)[kRowParts<Config>], Channel
 
 // -------------------------------------------------------------------------------------- prefixes
 
+// Calls put(i, merge({lse_a[i], mean_a[i]}, {lse_b(i), mean_b(i)})) for kChannelsAtOnce channels.
+// In two loops: one chain of everything is longer than what a core looks ahead.
+template <class Lse, class Mean, class Put>
+void merge_channels(const float* lse_a, const float* mean_a, Lse&& lse_b, Mean&& mean_b,
+                    Put&& put) {
+  alignas(64) float difference[kChannelsAtOnce], ratio[kChannelsAtOnce], high[kChannelsAtOnce];
+  for (int i = 0; i < kChannelsAtOnce; ++i) {
+    const Balance balance = weigh(lse_a[i], lse_b(i));
+    difference[i] = balance.difference;
+    ratio[i] = balance.ratio;
+    high[i] = balance.high;
+  }
+  for (int i = 0; i < kChannelsAtOnce; ++i) {
+    const Balance balance = {difference[i], ratio[i], high[i]};
+    const float mean = merge_means(balance, mean_a[i], mean_b(i));
+    put(i, Prefix{merge_lse(balance), mean});
+  }
+}
+
 // Merges a row, the first of them or another one, while `place_lse` and `place_mean`, where the
-// result will be stored, are on their way from memory. In two loops: one chain of everything is
-// longer than what a core looks ahead.
+// result will be stored, are on their way from memory.
 template <class Row, bool kIsFirst>
 void merge_row(Row row, int count, const float* place_lse, const float* place_mean,
                float* __restrict lse, float* __restrict mean) {
-  constexpr int kAtOnce = kChannelsAtOnce;
-  for (int first = 0; first < count; first += kAtOnce) {
-    prefetch<Cache::kL1>(place_lse + first);
-    prefetch<Cache::kL1>(place_mean + first);
+  for (int c = 0; c < count; c += kChannelsAtOnce) {
+    prefetch<Cache::kL1>(place_lse + c);
+    prefetch<Cache::kL1>(place_mean + c);
+    const auto score = [&](int i) { return to_f32(row.score_at(c + i)); };
+    const auto kv = [&](int i) { return to_f32(row.kv_at(c + i)); };
+    const auto put = [&](int i, const Prefix& merged) {
+      lse[c + i] = merged.lse;
+      mean[c + i] = merged.mean;
+    };
     if constexpr (kIsFirst) {
-      for (int c = first; c < first + kAtOnce; ++c) {
-        const Prefix merged = merge_first({to_f32(row.score_at(c)), to_f32(row.kv_at(c))});
-        lse[c] = merged.lse;
-        mean[c] = merged.mean;
-      }
+      for (int i = 0; i < kChannelsAtOnce; ++i) put(i, merge_first({score(i), kv(i)}));
     } else {
-      alignas(64) float difference[kAtOnce], ratio[kAtOnce], high[kAtOnce];
-      for (int i = 0; i < kAtOnce; ++i) {
-        const Balance balance = weigh(lse[first + i], to_f32(row.score_at(first + i)));
-        difference[i] = balance.difference;
-        ratio[i] = balance.ratio;
-        high[i] = balance.high;
-      }
-      for (int i = 0; i < kAtOnce; ++i) {
-        const Balance balance = {difference[i], ratio[i], high[i]};
-        const int c = first + i;
-        lse[c] = merge_lse(balance);
-        mean[c] = merge_means(balance, mean[c], to_f32(row.kv_at(c)));
-      }
+      merge_channels(lse + c, mean + c, score, kv, put);
     }
   }
 }
@@ -261,8 +268,11 @@ void put_prefix(const float* lse, const float* mean, int count, Out* __restrict 
 template <class Out>
 void put_merged(const float* lse_a, const float* mean_a, const float* lse_b, const float* mean_b,
                 int count, Out* __restrict out) {
-  for (int c = 0; c < count; ++c) {
-    out[c] = round_to<Out>(value_of(merge({lse_a[c], mean_a[c]}, {lse_b[c], mean_b[c]})));
+  for (int c = 0; c < count; c += kChannelsAtOnce) {
+    merge_channels(
+        lse_a + c, mean_a + c, [&](int i) { return lse_b[c + i]; },
+        [&](int i) { return mean_b[c + i]; },
+        [&](int i, const Prefix& merged) { out[c + i] = round_to<Out>(value_of(merged)); });
   }
 }
 
