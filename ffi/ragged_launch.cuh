@@ -33,10 +33,21 @@ int64_t slots_of_walker(int64_t threads, const StoreRule& rule, StateFormat form
   if (is_raw && threads <= Body::kMinCtas * on_sms) return 1;
   const int live_ctas = Body::kEndsInRecords ? kWalkerCtasOfRecords : kWalkerCtas;
   const int64_t at_once = (rule.all ? Body::kMinCtas : live_ctas) * on_sms;
+  const int64_t needed = (threads + at_once - 1) / at_once;
   int64_t most = kMostSlotsOfWalker;
-  if (rule.all && is_raw) most = kStoringSlotsOfRaw;
-  if (rule.all && !is_raw && !Body::kEndsInRecords) most = kStoringSlotsOfPrefix;
-  return std::clamp<int64_t>((threads + at_once - 1) / at_once, 1, most);
+  if (rule.all && is_raw) {
+    most = kStoringSlotsOfRaw;
+  } else if (rule.all && !Body::kEndsInRecords) {
+    most = kStoringSlotsOfPrefix;
+  } else if (rule.all && needed > kStoringSlotsAtOnce) {
+    most = kStoringSlotsOfPrefixRecords;
+  }
+  const int64_t slots = std::clamp<int64_t>(needed, 1, most);
+  // A walker's warps make records together, of as many windows. Where it has few slots, one more
+  // than a multiple of these takes as long as the whole.
+  constexpr int kTogether = Body::kEndsInRecords ? Body::kWarps : 1;
+  if (slots <= kTogether || slots >= 4 * kTogether) return slots;
+  return (slots + kTogether - 1) / kTogether * kTogether;
 }
 
 // Whether CTAs with all channels of a window of many rows are compiled: with two row groups, and

@@ -79,8 +79,7 @@ struct ShortWindows {
   }
   __device__ __forceinline__ int32_t end_needed() const { return end + has_end; }
 
-  // For each window: has = start(whether it is completed here, window), early, and if it is,
-  // emit(has, window, value).
+  // For each window that is completed here: start(window), early, and emit(window, value).
   template <class Start, class Emit>
   __device__ __forceinline__ void run(Start&& start, Emit&& emit) const {
     Partial<kVector> before;  // what the last window adds to this one's value
@@ -93,7 +92,7 @@ struct ShortWindows {
     for (int32_t window = begin; window < stop; ++window) {
       if (window >= plain) plain = plain_end(window);
       const bool has_own = window >= first && window < end;
-      const auto has = start(has_own, window);
+      if (has_own) start(window);
       Partial<kVector> partial = before;  // of the value
       if (__builtin_expect(window < plain, 1)) {
         add_plain<0>(number, window, has_own, partial);
@@ -103,7 +102,7 @@ struct ShortWindows {
       } else {
         add_other(number, window, has_own, partial, before);
       }
-      if (has_own) emit(has, window, value_of(partial));
+      if (has_own) emit(window, value_of(partial));
     }
     wait_for_copies<0>();  // before the units take other windows
   }
@@ -139,8 +138,14 @@ struct ShortWindows {
     const auto base = static_cast<int32_t>(static_cast<uint32_t>(window) * R);
     const bool is_needed =
         window < end_needed() && (half == kOwn ? window >= first : needs_first_half(window));
-    smem.units[number].copy(max(rows.start - base, 0), is_needed ? rows.length - base : 0,
-                            rows.new_kv(base, half), rows.p.row_size, rows.p.score_offset);
+    auto& unit = smem.units[number];
+    const auto* const kv = rows.new_kv(base, half);
+    if (is_needed && rows.is_dense() && rows.is_whole(window)) {
+      unit.copy_all(kv, 2 * Rows::S, Rows::S);
+    } else if (is_needed) {
+      unit.copy(max(rows.start - base, 0), rows.length - base, kv, rows.p.row_size,
+                rows.p.score_offset);
+    }
     commit_copies();
   }
   // Adds the unit that is next, the kPosition-th of a plain window, and starts copies of the one
@@ -264,10 +269,14 @@ struct ShortWindows {
 template <class Config, StateFormat kFormat, bool kRecords>
 struct RaggedShort {
   using T = ShortTile<Config>;
-  // What has room beside the biases, and records' exchange.
+  // The warps of a walker make a record each, of as many windows, whose values wait for the last.
+  static constexpr int kWarps = T::kLanes / 32;
+  using Values = float[T::kWalkers][kWarps][Config::kHeadDim];
+  // What has room beside the biases and those values.
   using Biases = decltype(ShortPlan<Config, 1>::biases);
-  static constexpr int kUnits = std::clamp<int>(
-      ((kRecords ? 47 : 48) * 1024 - sizeof(Biases)) / sizeof(typename T::Unit), 1, 4);
+  static constexpr int kRoom =
+      48 * 1024 - sizeof(Biases) - (kRecords && kWarps > 1 ? sizeof(Values) : 0);
+  static constexpr int kUnits = std::clamp<int>(kRoom / sizeof(typename T::Unit), 1, 4);
   using Plan = ShortPlan<Config, kUnits>;
   using Windows = ShortWindows<Config, kFormat, Plan>;
   using Rows = typename Windows::Rows;
@@ -276,12 +285,10 @@ struct RaggedShort {
   // On raw states 128 registers are too few: what is spilled costs prompts 4 to 8 %.
   static constexpr int kMinCtas = kRecords || kFormat == StateFormat::kRaw ? 3 : 4;
   static constexpr bool kEndsInRecords = kRecords, kMayBePadded = true;
-  using Exchange = RecordExchange<D>;
   struct RecordsPlan : Plan {
-    // Taken in turn: a warp may be at its next record while others still read this one's sums.
-    Exchange records[T::kWalkers][2];
+    alignas(16) Values values;
   };
-  using WalkersPlan = std::conditional_t<kRecords, RecordsPlan, Plan>;
+  using WalkersPlan = std::conditional_t<kRecords && (kWarps > 1), RecordsPlan, Plan>;
   using Few = RaggedFew<Config, kFormat, kRecords, kThreads>;
   union SharedPlan {
     WalkersPlan walkers;
@@ -321,7 +328,6 @@ struct RaggedShort {
     const int32_t end_slot = static_cast<int32_t>(
         min(int64_t{p.num_windows}, (int64_t{walker} + 1) * p.slots_per_walker));
     int64_t from = int64_t{walker} * p.slots_per_walker;
-    [[maybe_unused]] int turn = 0;
     if (from < end_slot) smem.copy_biases(p, group, column);  // waited for with the first unit
 #pragma unroll 1
     while (from < end_slot) {
@@ -341,24 +347,44 @@ struct RaggedShort {
                            end_window < rows.first_last() && rows.may_store(end_window);
       const Windows windows{smem, rows, first, end, has_end};
       if constexpr (kRecords) {
-        using Maker = RecordMaker<D, Exchange>;
-        const auto next_maker = [&] { return Maker(p.result, smem.records[in_cta][turn], lane); };
+        // Each warp makes the record of one of kWarps windows, once all of them have their values.
+        using Maker = RecordMaker<D, RecordOfWarp<D>>;
+        RecordOfWarp<D> alone;
+        const auto settings = Maker::settings_of(p.result);
+        const int warp = lane / 32;
+        const auto new_maker = [&] { return Maker(p.result, alone, lane % 32); };
+        const auto meet = [&] { wait_at_barrier<T::kLanes>(1 + in_cta); };
+        typename Maker::Loaded loaded = {};
         windows.run(
-            [&](bool wanted, int32_t window) {
-              return next_maker().load_all(wanted, group, owner.index, window,
-                                           static_cast<uint32_t>(window) * R);
+            [&](int32_t window) {
+              if ((window - first) % kWarps != 0) return;
+              const int32_t own = window + warp;
+              loaded = new_maker().template load_all<kWarps == 1>(
+                  own < end, group, owner.index, own, static_cast<uint32_t>(own) * R);
             },
-            [&](const auto& loaded, int32_t window, const Vector<float, kRaggedVector>& value) {
-              Maker maker = next_maker();
-              turn ^= 1;
+            [&](int32_t window, const Vector<float, kRaggedVector>& value) {
+              const int place = (window - first) % kWarps;
+              Maker maker = new_maker();
+              if constexpr (kWarps > 1) {
+                auto& values = smem.values[in_cta];
+                if (place == 0) meet();  // all reads of the values before
+                store(values[place] + column, value);
+                if (place + 1 < kWarps && window + 1 < end) return;
+                meet();  // the values, before they are read
+                if (warp > place) return;
+                maker.stage.take_value(values[warp]);
+                maker.load_weight(group, loaded);
+              } else {
 #pragma unroll
-              for (int v = 0; v < kRaggedVector; ++v) maker.stage.x[0][v] = value.x[v];
-              maker.finish(maker.take(loaded, group, window));
+                for (int v = 0; v < kRaggedVector; ++v) maker.stage.x[0][v] = value.x[v];
+              }
+              maker.finish(
+                  maker.take(loaded, group, window - place + warp, [&] { return settings; }));
             });
       } else {
         const int64_t out = (int64_t{group} * p.num_windows + slot) * D + column;
-        windows.run([](bool, int32_t) { return 0; },
-                    [&](int, int32_t window, const Vector<float, kRaggedVector>& value) {
+        windows.run([](int32_t) {},
+                    [&](int32_t window, const Vector<float, kRaggedVector>& value) {
                       p.result.store_vector(out + int64_t{window - first} * D, value);
                     });
 #pragma unroll 1

@@ -56,7 +56,13 @@ struct RecordExchange {
   typename Stage::Exchange exchange;
 };
 
-// One thread's part of a record: four channels.
+// The same where one warp makes a record: it shares nothing.
+template <int kHeadDim>
+struct RecordOfWarp {
+  using Stage = RecordStage<kHeadDim, 32>;
+};
+
+// One thread's part of a record: four channels, or some groups of four.
 template <int kHeadDim, class Plan_ = RecordPlan<kHeadDim>>
 struct RecordMaker {
   using Plan = Plan_;
@@ -112,34 +118,47 @@ struct RecordMaker {
     kIsAligned = 0x2000,
   };
 
+  // What all records of a call have in common, of all that Ready has.
+  struct Settings {
+    float eps;
+    uint32_t flags;
+  };
+  static __device__ __forceinline__ Settings settings_of(const RecordParams& p) {
+    Settings s = {
+        p.options.rms_norm_eps,
+        static_cast<uint32_t>(p.format) | static_cast<uint32_t>(p.options.rounding) << 4 |
+            static_cast<uint32_t>(p.options.scales) << 6 |
+            (p.norm_weight != nullptr ? kHasNorm : 0) | (p.cos_sin != nullptr ? kHasRotation : 0) |
+            (p.options.hadamard ? kHadamard : 0) | (p.options.scale_floor ? kScaleFloor : 0) |
+            (p.pool.is_16b_aligned ? kIsAligned : 0)};
+    asm volatile("" : "+r"(s.flags), "+f"(s.eps));
+    return s;
+  }
+
   // All but the operands. get_page(): of the window, by its table.
-  template <class GetPage>
+  template <class GetSettings, class GetPage>
   __device__ __forceinline__ Ready ready_at(uint32_t group, uint32_t window,
-                                            GetPage&& get_page) const {
+                                            GetSettings&& get_settings, GetPage&& get_page) const {
     const RecordPages pages = pages_of(p.pool, group);
     const uint32_t row = window - window / p.pool.page_size * p.pool.page_size.value;
-    float eps = p.options.rms_norm_eps;
-    uint32_t flags =
-        static_cast<uint32_t>(p.format) | static_cast<uint32_t>(p.options.rounding) << 4 |
-        static_cast<uint32_t>(p.options.scales) << 6 | (p.norm_weight != nullptr ? kHasNorm : 0) |
-        (p.cos_sin != nullptr ? kHasRotation : 0) | (p.options.hadamard ? kHadamard : 0) |
-        (p.options.scale_floor ? kScaleFloor : 0) | (p.pool.is_16b_aligned ? kIsAligned : 0);
-    asm volatile("" : "+r"(flags), "+f"(eps));
+    const Settings settings = get_settings();
     const auto page = static_cast<uint32_t>(get_page());
     const bool exists = page < pages.count;
     const RecordPlace place = {exists, exists ? page : 0, exists ? row : 0};
     return {{},
             RecordBytes(p.pool, pages, place, p.data_bytes, p.scale_bytes),
-            eps,
-            flags | (exists ? kExists : 0)};
+            settings.eps,
+            settings.flags | (exists ? kExists : 0)};
   }
 
   // Waits for the copies.
   __device__ __forceinline__ Ready prepare(uint32_t group, uint32_t window) const {
-    Ready ready = ready_at(group, window, [&] {
-      wait_for_copies<0>();
-      return plan.page[stage.lane];
-    });
+    Ready ready = ready_at(
+        group, window, [&] { return settings_of(p); },
+        [&] {
+          wait_for_copies<0>();
+          return plan.page[stage.lane];
+        });
     ready.operands.weight[0] = load<float, 4>(&plan.weight[stage.channel(0)]);
     if (stage.channel(0) >= kHeadDim - kRopeDim) {
       const float* const rotation = plan.rotation[stage.lane % Plan::kRotating];
@@ -151,11 +170,15 @@ struct RecordMaker {
   // The same without shared memory: starts the loads, and later takes what they brought.
   struct Loaded {
     int32_t page;
-    Vector<float, 4> weight;
+    Vector<float, 4> weight[Stage::kGroups];
     Vector<float, 2> low, high;  // of the row of the table
   };
+  // kWeight: also of the weight, or load_weight() later.
+  template <bool kWeight = true>
   __device__ __forceinline__ Loaded load_all(bool wanted, uint32_t group, uint32_t index,
                                              uint32_t window, uint32_t position) const {
+    static_assert(Stage::kRotated == 1 && (!kWeight || Stage::kGroups == 1),
+                  "load_all: several groups are rotated, or have a weight");
     const uint32_t logical = window / p.pool.page_size;
     const bool has_position = p.cos_sin == nullptr || position < p.num_positions;
     const int channel = stage.channel(0);
@@ -166,21 +189,43 @@ struct RecordMaker {
     return {
         load_if(wanted && has_position && logical < p.max_pages,
                 p.tables + uint64_t{group * p.tables_stride + index} * p.max_pages + logical, -1),
-        load_if(wanted && p.norm_weight != nullptr,
-                p.norm_weight + int64_t{group} * p.weight_stride * kHeadDim + channel,
-                Vector<float, 4>{}),
+        {kWeight ? load_if(wanted && p.norm_weight != nullptr,
+                           p.norm_weight + int64_t{group} * p.weight_stride * kHeadDim + channel,
+                           Vector<float, 4>{})
+                 : Vector<float, 4>{}},
         load_if(rotates, row + (interleaved ? 2 * first : first), Vector<float, 2>{}),
         load_if(rotates, row + (interleaved ? 2 * first + 2 : first + kRopeDim / 2),
                 Vector<float, 2>{})};
   }
+  __device__ __forceinline__ void load_weight(uint32_t group, Loaded& loaded) const {
+    const float* const weight = p.norm_weight + int64_t{group} * p.weight_stride * kHeadDim;
+#pragma unroll
+    for (int j = 0; j < Stage::kGroups; ++j) {
+      loaded.weight[j] =
+          load_if(p.norm_weight != nullptr, weight + stage.channel(j), Vector<float, 4>{});
+    }
+  }
   __device__ __forceinline__ Ready take(const Loaded& loaded, uint32_t group,
                                         uint32_t window) const {
-    Ready ready = ready_at(group, window, [&] { return loaded.page; });
-    ready.operands.weight[0] = loaded.weight;
+    return take(loaded, group, window, [&] { return settings_of(p); });
+  }
+  template <class GetSettings>
+  __device__ __forceinline__ Ready take(const Loaded& loaded, uint32_t group, uint32_t window,
+                                        GetSettings&& get_settings) const {
+    Ready ready = ready_at(group, window, get_settings, [&] { return loaded.page; });
+#pragma unroll
+    for (int j = 0; j < Stage::kGroups; ++j) ready.operands.weight[j] = loaded.weight[j];
     stage.set_rotation(loaded.low, loaded.high, p.options.interleaved, ready.operands, 0);
     return ready;
   }
 
+  __device__ __forceinline__ typename Stage::Exchange* exchange() const {
+    if constexpr (Stage::kWarps == 1) {
+      return nullptr;
+    } else {
+      return &plan.exchange;
+    }
+  }
   // Makes the record of the value in `stage`.
   __device__ __forceinline__ void finish(const Ready& ready) {
     const auto has = [&](Flag flag) { return (ready.flags & flag) != 0; };
@@ -192,8 +237,7 @@ struct RecordMaker {
     options.scale_floor = has(kScaleFloor);
     const auto format = static_cast<RecordFormat>(ready.flags & kFormat);
     stage.transform(ready.operands, has(kHasNorm), has(kHasRotation), options,
-                    options.rounding == Rounding::kModel, format > RecordFormat::kBf16,
-                    &plan.exchange);
+                    options.rounding == Rounding::kModel, format > RecordFormat::kBf16, exchange());
     const auto store_in = [&](auto record) {
       using Record = decltype(record);
       if constexpr (kIsCompiledRecord<Record, Records>) {

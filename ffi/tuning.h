@@ -104,8 +104,9 @@ struct RecordGeometriesOf<Kind<kHeadDim, 128, false>> {
 // on an SM, all at once, and each walks as many slots as that takes.
 inline constexpr int kWalkerCtas = 2, kWalkerCtasOfRecords = 3;
 // Where all rows are stored a walker has no more slots than these; but of records on a state of
-// prefixes, as many as that takes.
+// prefixes as many as that takes, if it takes no more than kStoringSlotsAtOnce.
 inline constexpr int kStoringSlotsOfRaw = 3, kStoringSlotsOfPrefix = 2;
+inline constexpr int kStoringSlotsOfPrefixRecords = 3, kStoringSlotsAtOnce = 8;
 // CTAs of requests come before those of walkers that have at most so many slots, as they take
 // longer. They come behind walkers of more: before those they would leave them unevenly placed,
 // three on one SM and one on another.

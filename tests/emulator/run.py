@@ -39,7 +39,7 @@ SUBSTITUTIONS = [
     ("decode_prefix.cuh", *SHARED, 1),
     ("decode_records.cuh", *SHARED, 2),
     ("ragged.cuh", *SHARED, 2),
-    ("record_maker.cuh", r'asm volatile\("" : "\+r"\(flags\), "\+f"\(eps\)\);', "", 1),
+    ("record_maker.cuh", r'asm volatile\("" : "\+r"\(s.flags\), "\+f"\(s.eps\)\);', "", 1),
     ("record_stage.cuh", r'asm\("rsqrt.*"\(x\)\);', "y = 1 / sqrtf(x);", 1),
     *((f"fuzz_{fuzz}.cu", *START, 1) for fuzz in CASES),
 ]
