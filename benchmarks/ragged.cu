@@ -1,5 +1,6 @@
 // The time of one ragged launch, captured in a CUDA graph by hand, beside the least that it can
-// take: reading kv_score alone, or reading it and writing all rows; and beside a decode launch.
+// take: reading kv_score alone, or with as many values or all rows written; and beside a decode
+// launch.
 //
 //     nvcc -std=c++17 -O3 -arch=native -Iffi -o ragged benchmarks/ragged.cu \
 //         ffi/{ragged,ragged_records,decode}_launch.cu
@@ -188,6 +189,13 @@ void measure(const std::string& name, const Batch& batch, StateFormat format, bo
   add("read", time_of_launch<Config>(calls, repeats, [&](cudaStream_t stream, Call<Config>& c) {
         stream_kernel<<<4 * 132, 512, 0, stream>>>(
             reinterpret_cast<const float4*>(c.kv_score.get()), input, nullptr, 0, sink.get());
+      }));
+  constexpr int kEvery = 2 * Config::kRatio * Config::kStateDim / Config::kHeadDim;
+  add("read_values",
+      time_of_launch<Config>(calls, repeats, [&](cudaStream_t stream, Call<Config>& c) {
+        stream_kernel<<<4 * 132, 512, 0, stream>>>(
+            reinterpret_cast<const float4*>(c.kv_score.get()), input,
+            reinterpret_cast<float4*>(c.kv_comp.get()), kEvery, sink.get());
       }));
   if (all) {
     add("read_write",
