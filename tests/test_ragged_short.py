@@ -42,8 +42,9 @@ def test_records_are_those_of_values(name, format, options, state_format, gpu):
         compressor = dataclasses.replace(make_compressor(name), **options)
         cache, tables = make_cache(name, state_format)
         sizes = cache.records.pool.shape[0], cache.records.page_size
-        # Of scales in f32 the last bits of a value show.
-        records = init_records(*sizes, head_dim=head_dim, format=format, scales="power_of_two")
+        # Of scales in f32 a value's last bits show.
+        scales = "power_of_two" if format == "fp8_block128" else "f32"
+        records = init_records(*sizes, head_dim=head_dim, format=format, scales=scales)
         pool = jnp.full_like(records.pool, 0xA5)
         cache = CompressorCache(cache.state, dataclasses.replace(records, pool=pool))
         rows = jnp.asarray(rows[:, : 2 * compressor.state_dim], jnp.bfloat16)
