@@ -43,11 +43,10 @@ int64_t slots_of_walker(int64_t threads, const StoreRule& rule, StateFormat form
     most = kStoringSlotsOfPrefixRecords;
   }
   const int64_t slots = std::clamp<int64_t>(needed, 1, most);
-  // A walker's warps make records together, of as many windows. Where it has few slots, one more
-  // than a multiple of these takes as long as the whole.
-  constexpr int kTogether = Body::kEndsInRecords ? Body::kWarps : 1;
-  if (slots <= kTogether || slots >= 4 * kTogether) return slots;
-  return (slots + kTogether - 1) / kTogether * kTogether;
+  // A walker's warps make the records of as many windows in one turn.
+  constexpr int kOfTurn = Body::kEndsInRecords ? Body::kWarps : 1;
+  if (slots <= kOfTurn || slots >= kManyTurns * kOfTurn) return slots;
+  return (slots + kOfTurn - 1) / kOfTurn * kOfTurn;
 }
 
 // Whether CTAs with all channels of a window of many rows are compiled: with two row groups, and

@@ -134,15 +134,6 @@ struct StagedRows {
       copy_if<kVector>(exists, parts[row][1][threadIdx.x].x, from + score_offset);
     }
   }
-  // Starts copies of all rows; offsets that are known are in the instructions.
-  __device__ __forceinline__ void copy_all(const KvScore* kv, int64_t row_size,
-                                           int64_t score_offset) {
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      copy_if<kVector>(true, parts[row][0][threadIdx.x].x, kv + row * row_size);
-      copy_if<kVector>(true, parts[row][1][threadIdx.x].x, kv + row * row_size + score_offset);
-    }
-  }
   __device__ __forceinline__ RowVector<KvScore, kVector> operator[](int row) const {
     return {load<KvScore, kVector>(parts[row][0][threadIdx.x].x),
             load<KvScore, kVector>(parts[row][1][threadIdx.x].x)};

@@ -141,7 +141,7 @@ struct ShortWindows {
     auto& unit = smem.units[number];
     const auto* const kv = rows.new_kv(base, half);
     if (is_needed && rows.is_dense() && rows.is_whole(window)) {
-      unit.copy_all(kv, 2 * Rows::S, Rows::S);
+      unit.copy(0, R, kv, 2 * Rows::S, Rows::S);  // no tests, and offsets in the instructions
     } else if (is_needed) {
       unit.copy(max(rows.start - base, 0), rows.length - base, kv, rows.p.row_size,
                 rows.p.score_offset);

@@ -107,6 +107,8 @@ inline constexpr int kWalkerCtas = 2, kWalkerCtasOfRecords = 3;
 // prefixes as many as that takes, if it takes no more than kStoringSlotsAtOnce.
 inline constexpr int kStoringSlotsOfRaw = 3, kStoringSlotsOfPrefix = 2;
 inline constexpr int kStoringSlotsOfPrefixRecords = 3, kStoringSlotsAtOnce = 8;
+// Records are made in turns: a walker of more than one has whole ones, unless they are so many.
+inline constexpr int kManyTurns = 4;
 // CTAs of requests come before those of walkers that have at most so many slots, as they take
 // longer. They come behind walkers of more: before those they would leave them unevenly placed,
 // three on one SM and one on another.
